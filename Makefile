@@ -1,0 +1,85 @@
+# Every command builds what it needs in .venv, from Python 3.10 or newer and nothing else.
+#
+#   make demo         train a teacher and two students on generated clouds: table and plot
+#   make test         all tests, with coverage
+#   make lint         the linter and the formatter, changing nothing   (make format changes)
+#   make types        the type checker, strict
+#   make wheel        build the package, install it in an empty environment, import it from there
+#   make docs         the documentation, into docs/_build/html
+#   make benchmarks   the pairwise operations against their peers, on this machine
+#   make clean        remove what was built (make distclean: .venv too)
+#
+# PYTHON=python3.12 chooses the interpreter, WORKERS=8 the number of test processes. Machines
+# without an NVIDIA GPU save a large download with
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Byte-compiling all of torch takes longer than compiling on import what is really used.
+PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constraint constraints.txt
+
+# One thread per test process: the processes share the cores, and results do not depend on how many.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types wheel docs benchmarks clean distclean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.with-examples
+	$(BIN)/python examples/distill.py
+
+test: $(VENV)/.with-dev
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --durations 10
+
+lint: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.with-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.with-dev
+	$(BIN)/mypy
+
+wheel: $(VENV)/.with-dev
+	rm -rf build/wheel dist
+	$(BIN)/python -m build
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python $(PIP_INSTALL) dist/*.whl
+	cd / && $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/tests/check_wheel.py
+	rm -rf build/wheel
+
+docs: $(VENV)/.with-docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
+
+benchmarks: $(VENV)/.with-benchmarks
+	$(BIN)/python benchmarks/pairwise.py --device cpu
+
+clean:
+	rm -rf build dist docs/_build .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+
+distclean: clean
+	rm -rf $(VENV)
+
+# What was installed is stamped, so that only the first call, or a change of the requirements, pays.
+EXTRAS_examples := examples
+EXTRAS_dev := dev,examples
+EXTRAS_docs := docs
+EXTRAS_benchmarks := benchmarks
+
+$(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python $(PIP_INSTALL) --editable '.[$(EXTRAS_$*)]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "fad_loss needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | tail -n 1)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install the package python3-venv." >&2; exit 1; }
