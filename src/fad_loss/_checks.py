@@ -1,0 +1,100 @@
+"""Checks that every entry point shares: which values may be looked at, and how errors are worded.
+
+Shapes, dtypes, devices and Python numbers are always checked. Values *inside* tensors are looked at
+on CPU; on a GPU looking would stall the stream, so it happens only with `fad_loss.debug(True)` or
+``FAD_LOSS_DEBUG=1``, and never while compiling or tracing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
+
+T = TypeVar("T")
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_debug = os.environ.get("FAD_LOSS_DEBUG", "0") not in {"", "0"}
+
+
+def debug(enabled: bool = True) -> None:
+    """Look at values inside GPU tensors too.
+
+    Finite features, non-negative weights and consistent ragged offsets are always verified for CPU
+    tensors. For tensors on an accelerator the look costs a synchronisation, so it is off unless
+    this switch, or the environment variable ``FAD_LOSS_DEBUG=1``, turns it on.
+
+    Args:
+        enabled: whether to look.
+
+    Example:
+        >>> import fad_loss
+        >>> fad_loss.debug(True)
+        >>> fad_loss.debug(False)
+    """
+    global _debug  # noqa: PLW0603
+    _debug = enabled
+
+
+def look(tensor: Tensor) -> bool:
+    """Whether the values of `tensor` may be looked at: concrete, and on CPU unless debugging."""
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor) or is_fake(tensor):
+        return False
+    return tensor.device.type != "meta" and (tensor.device.type == "cpu" or _debug)
+
+
+def describe(tensor: object) -> str:
+    """``float32 of shape (2, 5, 3) on cpu``, for error messages."""
+    if not isinstance(tensor, Tensor):
+        return f"{type(tensor).__name__} {tensor!r}"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape = "(" + ", ".join(str(size) for size in tensor.shape) + ")"
+    kind = "ragged " if tensor.is_nested else ""
+    return f"{kind}{dtype} of shape {shape} on {tensor.device}"
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise unless `tensor` is a floating-point tensor of a supported dtype."""
+    if not isinstance(tensor, Tensor):
+        message = f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
+        raise TypeError(message)
+    if tensor.dtype not in FLOATS:
+        message = (
+            f"{name}: expected float32, float64, bfloat16 or float16, got {describe(tensor)}; "
+            f"convert it first, for example with {name}.float()"
+        )
+        raise TypeError(message)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise if `tensor` may be looked at and holds NaN or infinity."""
+    if not look(tensor) or tensor.numel() == 0:
+        return
+    # The sum is finite unless something is not (or it overflows): one pass with nothing stored.
+    total = tensor.detach().sum(dtype=torch.float64)
+    if not torch.isfinite(total):
+        bad = int((~torch.isfinite(tensor.detach())).sum())
+        if bad:
+            message = (
+                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite "
+                f"({describe(tensor)}); look at what produced them (overflow in half precision, a "
+                f"division by zero, a diverged training run)"
+            )
+            raise ValueError(message)
+
+
+def choose(argument: str, name: str, table: Mapping[str, T]) -> T:
+    """Return ``table[name]`` or raise a ValueError that lists what `argument` can be."""
+    if name in table:
+        return table[name]
+    near = get_close_matches(str(name), list(table), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    message = f"{argument}: expected one of {', '.join(map(repr, table))}, got {name!r}{hint}"
+    raise ValueError(message)

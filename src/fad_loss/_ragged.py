@@ -1,0 +1,93 @@
+"""Clouds of unequal size: packed values and offsets, held in a jagged nested tensor.
+
+Everything that computes on ragged clouds works on ``(values, offsets)``: the points of all clouds
+one after the other, and where each cloud begins (B + 1 numbers, the first 0, the last the total).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def is_ragged(x: Tensor) -> bool:
+    """Whether `x` is a jagged nested tensor."""
+    return x.is_nested
+
+
+def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a ragged tensor into its packed values and its offsets.
+
+    Raises:
+        ValueError: the tensor is nested, but not of the contiguous jagged layout.
+    """
+    if x.layout != torch.jagged or x._lengths is not None or x._ragged_idx != 1:  # type: ignore[attr-defined]
+        message = (
+            "ragged clouds: expected a contiguous nested tensor of layout torch.jagged with the "
+            "points in dimension 1; build it with fad_loss.ragged"
+        )
+        raise ValueError(message)
+    return x.values(), x.offsets()  # type: ignore[no-untyped-call]
+
+
+def unpack(values: Tensor, like: Tensor) -> Tensor:
+    """Give packed `values` the clouds of the ragged tensor `like`."""
+    # The cached bounds travel along: without them, operators have to look at the offsets.
+    return torch.nested.nested_tensor_from_jagged(
+        values, like.offsets(), min_seqlen=like._maybe_min_seqlen, max_seqlen=like._maybe_max_seqlen  # type: ignore
+    )
+
+
+def pointwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of single points (over the last axis, or element-wise) to any layout."""
+    if not is_ragged(x):
+        return function(x)
+    return unpack(function(pack(x)[0]), x)
+
+
+def cloud_lengths(x: Tensor) -> Tensor:
+    """How many points each cloud has, ``(B,)`` int64."""
+    if is_ragged(x):
+        return pack(x)[1].diff()
+    return torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+
+
+def cloud_index(x: Tensor) -> Tensor:
+    """For every packed point of the ragged `x`, the number of its cloud."""
+    values, offsets = pack(x)
+    clouds = torch.arange(len(offsets) - 1, device=values.device)
+    return torch.repeat_interleave(clouds, offsets.diff(), output_size=values.shape[0])
+
+
+def per_point(per_cloud: Tensor, x: Tensor) -> Tensor:
+    """Repeat a value of each cloud, ``(B, ...)``, for each of its points, in the layout of `x`."""
+    if is_ragged(x):
+        return unpack(per_cloud[cloud_index(x)], x)
+    return per_cloud.unsqueeze(1).expand(-1, x.shape[1], *per_cloud.shape[1:])
+
+
+def cloud_sum(x: Tensor) -> Tensor:
+    """Sum over the points of each cloud: ``(B, N, ...)`` or ragged to ``(B, ...)``."""
+    if not is_ragged(x):
+        return x.sum(1)
+    values, offsets = pack(x)
+    total = values.new_zeros((len(offsets) - 1, *values.shape[1:]))
+    # Accumulating index_put adds in a fixed order on every device, and is differentiable twice;
+    # index_add is not the first on a GPU, segment_reduce not the second.
+    return total.index_put((cloud_index(x),), values, accumulate=True)
+
+
+def cloud_mean(x: Tensor) -> Tensor:
+    """Mean over the points of each cloud; per-cloud values ``(B,)`` pass through.
+
+    An empty cloud has the mean 0: there is nothing to learn from it.
+    """
+    if is_ragged(x):
+        lengths = cloud_lengths(x).clamp_min(1).to(x.dtype)
+        total = cloud_sum(x)
+        return total / lengths.reshape(-1, *[1] * (total.dim() - 1))
+    if x.dim() == 1:
+        return x
+    return x.sum(1) / max(x.shape[1], 1)

@@ -1,0 +1,443 @@
+r"""Reductions over the N x M matrix of pairwise distances, without ever holding it.
+
+For clouds x `(B, N, C)` and y `(B, M, C)`, with :math:`d_{ij} = |x_i - y_j|^2`:
+
+======================  =================================================================
+`nearest(x, y)`         the nearest point of y for each of x
+`knn(x, y, k)`          the k nearest
+`kernel_mean(x, y, k)`  the mean of a kernel :math:`k(d_{ij})` over y
+`softmin(x, y, eps)`    the smooth minimum :math:`-\varepsilon\log\sum_j e^{(f_j-d_{ij})/\varepsilon}`
+======================  =================================================================
+
+Clouds of unequal size come as jagged nested tensors (`fad_loss.ragged`), and so do then the results.
+Every operation takes ``backend="auto" | "triton" | "tiled" | "dense"``: the fused kernels, tiles of
+matrix products in plain PyTorch, or the N x M reference. `auto` chooses; an explicit backend that
+cannot run raises and says why.
+
+Half-precision inputs are accumulated, and their results returned, in float32. Results and gradients
+are bitwise repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fad_loss._checks import check_finite, check_tensor, describe, look
+from fad_loss._ragged import is_ragged, pack, unpack
+from fad_loss.ops import _dense, _library
+from fad_loss.ops._backends import select
+from fad_loss.ops.kernels import (
+    Energy,
+    Gaussian,
+    InverseMultiquadric,
+    Kernel,
+    Laplacian,
+    _positive,
+)
+
+__all__ = [
+    "Energy",
+    "Gaussian",
+    "InverseMultiquadric",
+    "Kernel",
+    "Laplacian",
+    "kernel_mean",
+    "knn",
+    "nearest",
+    "softmin",
+]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two validated sets of clouds: batched (B, N, C), or packed (T, C) with offsets."""
+
+    x: Tensor
+    y: Tensor
+    x_offsets: Tensor | None
+    y_offsets: Tensor | None
+    ragged_x: Tensor | None
+
+    def like_x(self, result: Tensor) -> Tensor:
+        """Give a result the layout of x."""
+        return result if self.ragged_x is None else unpack(result, self.ragged_x)
+
+    def along_y(self, name: str, t: Tensor) -> Tensor:
+        """Validate a value for each point of y, (B, M) or ragged, and pack it."""
+        check_tensor(name, t)
+        packed, offsets = pack(t) if is_ragged(t) else (t, None)
+        if (offsets is None) != (self.y_offsets is None) or packed.shape != self.y.shape[:-1]:
+            expected = "ragged, with the lengths of y" if self.y_offsets is not None else "(B, M)"
+            message = f"{name}: expected one value for each point of y, {expected}; got {describe(t)}"
+            if self.y_offsets is None:
+                message += f" for y of shape {tuple(self.y.shape)}"
+            raise ValueError(message)
+        if packed.device != self.y.device or packed.dtype != self.y.dtype:
+            message = f"{name}: expected dtype and device of y ({describe(self.y)}), got {describe(t)}"
+            raise ValueError(message)
+        if offsets is not None and self.y_offsets is not None:
+            _check_same_clouds(name, offsets, "y", self.y_offsets)
+        return packed
+
+
+def _check_same_clouds(name: str, a: Tensor, other: str, b: Tensor) -> None:
+    if a is not b and look(a) and look(b) and not torch.equal(a, b):
+        message = (
+            f"{name} and {other}: expected clouds of the same lengths, got "
+            f"{a.diff().tolist()} and {b.diff().tolist()}"
+        )
+        raise ValueError(message)
+
+
+def _check_pair(x: Tensor, y: Tensor, *, exclude_self: bool) -> _Pair:
+    for name, t in (("x", x), ("y", y)):
+        check_tensor(name, t)
+        if t.dim() != 3:
+            hint = f"; add the batch with {name}.unsqueeze(0)" if t.dim() == 2 else ""
+            message = f"{name}: expected clouds of shape (B, points, C), got {describe(t)}{hint}"
+            raise ValueError(message)
+    if is_ragged(x) != is_ragged(y):
+        message = (
+            "x and y: expected both ragged or both not, got "
+            f"{describe(x)} and {describe(y)}; make the other one ragged with fad_loss.ragged"
+        )
+        raise ValueError(message)
+    ragged_x = x if is_ragged(x) else None
+    x_offsets = y_offsets = None
+    shapes = f"x is {describe(x)}, y is {describe(y)}"
+    if ragged_x is not None:
+        (x, x_offsets), (y, y_offsets) = pack(x), pack(y)
+    if x.dtype != y.dtype:
+        message = f"x and y: expected one dtype, but {shapes}; convert one with .to(dtype)"
+        raise TypeError(message)
+    if x.device != y.device:
+        message = f"x and y: expected one device, but {shapes}; move one with .to(device)"
+        raise ValueError(message)
+    if x.shape[-1] != y.shape[-1]:
+        message = f"x and y: expected the same number of channels C (last axis), but {shapes}"
+        raise ValueError(message)
+    if x.shape[-1] == 0:
+        message = f"x and y: expected at least one channel, but {shapes}"
+        raise ValueError(message)
+    if x_offsets is not None and y_offsets is not None:
+        same_batch = len(x_offsets) == len(y_offsets)
+    else:
+        same_batch = x.shape[0] == y.shape[0]
+    if not same_batch:
+        message = f"x and y: expected the same number of clouds B (first axis), but {shapes}"
+        raise ValueError(message)
+    if exclude_self:
+        if x_offsets is not None and y_offsets is not None:
+            _check_same_clouds("exclude_self: x", x_offsets, "y", y_offsets)
+        if x.shape != y.shape:
+            message = f"exclude_self: expected x and y to be the same points, but {shapes}"
+            raise ValueError(message)
+    check_finite("x", x)
+    check_finite("y", y)
+    return _Pair(x, y, x_offsets, y_offsets, ragged_x)
+
+
+def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    r"""For each point of x, the nearest point of y.
+
+    .. math:: d_i = \min_j |x_i - y_j|^2, \qquad j_i = \operatorname{argmin}_j |x_i - y_j|^2
+
+    Distances have the accuracy of the inputs: a matrix product screens the candidates, and what it
+    cannot decide within its rounding error is recomputed from differences. Ties go to the lowest
+    index. The gradient is :math:`2 g_i (x_i - y_{j_i})`, to x and, negated, to y.
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        backend: "auto", "triton", "tiled" or "dense".
+
+    Returns:
+        Squared distance `(B, N)` (float32 for half precision, otherwise the dtype of x) and index
+        `(B, N)` int64 within the cloud. A point without any neighbor (an empty cloud in y) gets
+        +inf and -1, and no gradient.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or NaN or infinity in a CPU tensor.
+        TypeError: not floating-point, or two different dtypes.
+        RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> x = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
+        >>> y = torch.tensor([[[0.0, 1.0], [5.0, 0.0], [3.0, 0.0]]])
+        >>> nearest(x, y)
+        (tensor([[1., 1.]]), tensor([[0, 2]]))
+    """
+    pair = _check_pair(x, y, exclude_self=False)
+    distance, index = _knn(pair, 1, exclude_self=False, backend=backend)
+    return pair.like_x(distance.squeeze(-1)), pair.like_x(index.squeeze(-1))
+
+
+def knn(
+    x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    r"""For each point of x, the k nearest points of y, the nearest first.
+
+    Exact in the same way as `nearest`. Equal distances come in the order of their index.
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        k: how many neighbors, from 1 to M.
+        exclude_self: x and y are the same points, and none is its own neighbor.
+        backend: "auto", "triton", "tiled" or "dense".
+
+    Returns:
+        Squared distances `(B, N, k)`, ascending, and indices `(B, N, k)` int64. Where a ragged cloud
+        has fewer than k points, the remaining entries are +inf and -1, without gradient.
+
+    Raises:
+        ValueError: k is less than 1 or exceeds the number of neighbors, shapes or devices do not
+            fit, or a CPU tensor holds NaN or infinity.
+        TypeError: k is not an int; not floating-point, or two different dtypes.
+        RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0], [3.0]]])
+        >>> distance, index = knn(x, x, 1, exclude_self=True)
+        >>> distance.squeeze(-1), index.squeeze(-1)
+        (tensor([[1., 1., 4.]]), tensor([[1, 0, 1]]))
+    """
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        message = f"k: expected an int, got {type(k).__name__} {k!r}"
+        raise TypeError(message)
+    pair = _check_pair(x, y, exclude_self=exclude_self)
+    if k < 1:
+        message = f"k: expected at least 1 neighbor, got {k}"
+        raise ValueError(message)
+    if pair.y_offsets is None:
+        available = pair.y.shape[1] - int(exclude_self)
+        if k > available:
+            own = " (one of its points is the point itself)" if exclude_self else ""
+            message = (
+                f"k: expected at most {available} neighbors, because y has M = {pair.y.shape[1]} "
+                f"points{own}, got {k}; lower k or use larger clouds"
+            )
+            raise ValueError(message)
+    distance, index = _knn(pair, k, exclude_self=exclude_self, backend=backend)
+    return pair.like_x(distance), pair.like_x(index)
+
+
+def _knn(pair: _Pair, k: int, *, exclude_self: bool, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = select(backend, pair.x.device)
+    if chosen != "dense":
+        distance, index = _library.knn(
+            pair.x, pair.y, k, exclude_self, pair.x_offsets, pair.y_offsets, chosen
+        )
+        return distance, index
+
+    def reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return _dense.knn(x, y, k, exclude_self=exclude_self)
+
+    if pair.x_offsets is None or pair.y_offsets is None:
+        return reference(pair.x, pair.y)
+    distance, index = _dense.per_cloud(reference, pair.x, pair.x_offsets, pair.y_offsets, pair.y)
+    return distance, index
+
+
+def kernel_mean(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    weights: Tensor | None = None,
+    *,
+    exclude_self: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""For each point of x, the weighted mean of a kernel over the points of y.
+
+    .. math:: m_i = \frac{\sum_j w_j\, k(|x_i - y_j|^2)}{\sum_j w_j}
+
+    Smooth in x, y and the weights, with first and second derivatives that never hold N x M.
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        kernel: `Gaussian`, `Laplacian`, `Energy` or `InverseMultiquadric`.
+        weights: `(B, M)`, or ragged like y; non-negative, with a positive sum. 1 by default.
+        exclude_self: x and y are the same points, and the sums leave out j = i.
+        backend: "auto", "triton", "tiled" or "dense".
+
+    Returns:
+        `(B, N)`, or ragged like x; float32 for half precision. A mean over no points is 0.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, weights that are negative or sum to 0, or
+            NaN or infinity in a CPU tensor.
+        TypeError: not floating-point, two different dtypes, or `kernel` is not a kernel.
+        RuntimeError: the backend cannot run here.
+
+    Example:
+        >>> x = torch.tensor([[[0.0]]])
+        >>> y = torch.tensor([[[3.0], [5.0]]])
+        >>> kernel_mean(x, y, Energy())
+        tensor([[-4.]])
+    """
+    if not isinstance(kernel, Kernel):
+        message = (
+            "kernel: expected Gaussian, Laplacian, Energy or InverseMultiquadric from fad_loss.ops, "
+            f"got {type(kernel).__name__} {kernel!r}"
+        )
+        raise TypeError(message)
+    pair = _check_pair(x, y, exclude_self=exclude_self)
+    w = None if weights is None else pair.along_y("weights", weights)
+    if w is not None:
+        check_finite("weights", w)
+        if look(w) and w.numel() and bool((w < 0).any()):
+            message = f"weights: expected non-negative values, got a minimum of {float(w.min()):g}"
+            raise ValueError(message)
+    mass = _mass(pair, w, exclude_self=exclude_self)
+    chosen = select(backend, pair.x.device)
+    offsets = pair.x_offsets, pair.y_offsets
+    if chosen != "dense":
+        parameters = list(kernel.parameters)
+        total = _library.kernel_sum(
+            pair.x, pair.y, w, kernel.name, parameters, exclude_self, *offsets, chosen
+        )
+    else:
+
+        def reference(x: Tensor, y: Tensor, w: Tensor | None) -> tuple[Tensor]:
+            return (_dense.kernel_sum(x, y, w, kernel, exclude_self=exclude_self),)
+
+        total = _reference(reference, pair, w)
+    # Where nothing is left to average the sum is 0 as well, and so is the mean.
+    return pair.like_x(total / torch.where(mass == 0, 1.0, mass))
+
+
+def _mass(pair: _Pair, weights: Tensor | None, *, exclude_self: bool) -> Tensor:
+    """The sum of the weights that each point of x averages over, broadcastable to (B, N)."""
+    dtype = _dense.accumulation_dtype(pair.x.dtype)
+    own: Tensor | float = 1.0
+    if pair.x_offsets is None or pair.y_offsets is None:
+        if weights is None:
+            size = pair.y.shape[1] - int(exclude_self)
+            return pair.x.new_full((1, 1), max(size, 0), dtype=dtype)
+        total = weights.to(dtype).sum(1, keepdim=True)
+        own = weights.to(dtype)
+    else:
+        lengths = pair.x_offsets.diff()
+        if weights is None:
+            total = pair.y_offsets.diff().to(dtype)
+        else:
+            own = weights.to(dtype)
+            clouds = torch.arange(len(lengths), device=own.device)
+            of = clouds.repeat_interleave(pair.y_offsets.diff(), output_size=own.shape[0])
+            total = own.new_zeros(len(lengths)).index_put((of,), own, accumulate=True)
+    if weights is not None and look(total) and bool((total == 0).any()):
+        empty = pair.y_offsets.diff() == 0 if pair.y_offsets is not None else pair.y.shape[1] == 0
+        if bool(((total.detach().reshape(-1) == 0) & ~torch.as_tensor(empty)).any()):
+            message = "weights: expected a positive sum in every cloud, got a sum of 0"
+            raise ValueError(message)
+    if pair.x_offsets is not None:
+        total = total.repeat_interleave(pair.x_offsets.diff(), output_size=pair.x.shape[0])
+    if not exclude_self:
+        return total
+    if weights is None:
+        return total - own
+    # The difference rounds: what should be 0 (a single weighted point) must not become 1e-8.
+    rest = total - own
+    return torch.where(rest <= 4 * torch.finfo(dtype).eps * total, 0.0, rest)
+
+
+def _reference(function: object, pair: _Pair, along: Tensor | None) -> Tensor:
+    if pair.x_offsets is None or pair.y_offsets is None:
+        return function(pair.x, pair.y, along)[0]  # type: ignore[operator]
+    return _dense.per_cloud(
+        function, pair.x, pair.x_offsets, pair.y_offsets, pair.y, along  # type: ignore[arg-type]
+    )[0]
+
+
+def softmin(
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Sequence[float],
+    potential: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    *,
+    exclude_self: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    r"""For each point of x, the smooth minimum of the squared distances to y.
+
+    .. math:: s_i = -\varepsilon \log \sum_j b_j \exp\left(\frac{f_j - |x_i - y_j|^2}{\varepsilon}\right)
+
+    It is the C-transform of entropic optimal transport, and with :math:`\varepsilon = 2h^2` a kernel
+    density in the log domain. Smooth in x, y, the potential and the log-weights, with first and
+    second derivatives that never hold N x M.
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        epsilon: the temperature, > 0; or several, which share one pass over the distances.
+        potential: f, `(B, M)`, or ragged like y. 0 by default.
+        log_weights: log b, `(B, M)`, or ragged like y; -inf leaves a point out. 0 by default.
+        exclude_self: x and y are the same points, and the sums leave out j = i.
+        backend: "auto", "triton", "tiled" or "dense".
+
+    Returns:
+        `(B, N)`, or `(B, N, E)` for a sequence of E temperatures; ragged like x; float32 for half
+        precision. A minimum over no points is +inf, without gradient.
+
+    Raises:
+        ValueError: a temperature that is not positive, shapes or devices that do not fit, NaN or
+            infinity in a CPU tensor (-inf is allowed in `log_weights`).
+        TypeError: not floating-point, two different dtypes, or `epsilon` not a number.
+        RuntimeError: the backend cannot run here.
+
+    Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn
+    divergences", AISTATS 2019.
+
+    Example:
+        >>> x, y = torch.zeros(1, 1, 1), torch.tensor([[[1.0], [2.0]]])
+        >>> softmin(x, y, 1e-3)
+        tensor([[1.]])
+        >>> softmin(x, y, [1e-3, 1.0])
+        tensor([[[1.0000, 0.9514]]])
+    """
+    several = isinstance(epsilon, (tuple, list))
+    values = [_positive("epsilon", e) for e in (epsilon if several else (epsilon,))]  # type: ignore[union-attr]
+    if not values:
+        message = "epsilon: expected at least one temperature, got an empty sequence"
+        raise ValueError(message)
+    pair = _check_pair(x, y, exclude_self=exclude_self)
+    bias = _bias(pair, values, potential, log_weights)
+    chosen = select(backend, pair.x.device)
+    if chosen != "dense":
+        offsets = pair.x_offsets, pair.y_offsets
+        result = _library.softmin(pair.x, pair.y, bias, values, exclude_self, *offsets, chosen)
+    else:
+
+        def reference(x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+            return (_dense.softmin(x, y, bias, values, exclude_self=exclude_self),)
+
+        result = _reference(reference, pair, bias)
+    return pair.like_x(result if several else result.squeeze(-1))
+
+
+def _bias(
+    pair: _Pair, epsilon: list[float], potential: Tensor | None, log_weights: Tensor | None
+) -> Tensor | None:
+    """h_j = f_j + eps log b_j for each epsilon, (..., E): all the operator needs to know."""
+    if potential is None and log_weights is None:
+        return None
+    dtype = _dense.accumulation_dtype(pair.y.dtype)
+    bias = torch.zeros((), dtype=dtype, device=pair.y.device)
+    if potential is not None:
+        f = pair.along_y("potential", potential)
+        check_finite("potential", f)
+        bias = bias + f.to(dtype).unsqueeze(-1)
+    if log_weights is not None:
+        b = pair.along_y("log_weights", log_weights)
+        if look(b) and bool((b.isnan() | (b == torch.inf)).any()):
+            message = "log_weights: expected finite values or -inf, got NaN or +inf"
+            raise ValueError(message)
+        bias = bias + b.to(dtype).unsqueeze(-1) * b.new_tensor(epsilon, dtype=dtype)
+    return bias.expand(*pair.y.shape[:-1], len(epsilon)).contiguous()

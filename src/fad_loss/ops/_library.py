@@ -1,0 +1,366 @@
+"""Registration with torch.library: what makes the reductions operators to autograd and the compiler.
+
+Three operators per smooth reduction (forward, backward, double backward) and one search. Each has a
+fake implementation for `torch.compile`, an autograd formula and a vmap rule. Tensors are batched,
+(B, N, C), or packed, (T, C), with the offsets of the clouds. The last argument names the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fad_loss.ops._dense import accumulation_dtype
+from fad_loss.ops.kernels import kernel_from
+
+_PAIR = "Tensor x, Tensor y"
+_CLOUDS = "bool exclude_self, Tensor? x_offsets, Tensor? y_offsets, str backend"
+_KERNEL = f"Tensor? weights, str kernel, float[] parameters, {_CLOUDS}"
+_SOFTMIN = f"float[] epsilon, {_CLOUDS}"
+
+
+def _implementation(backend: str) -> Any:
+    """The module of a backend; imported when first used, so that Triton is not imported before."""
+    return import_module(f"fad_loss.ops._{backend}")
+
+
+def _register(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    def decorate(function: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(
+            f"fad_loss::{name}", function, mutates_args=(), schema=schema
+        )
+        op.register_vmap(_over_batch(op))
+        return op
+
+    return decorate
+
+
+def _over_batch(op: Any) -> Callable[..., Any]:
+    """A vmap rule: the mapped axis joins the batch of clouds, which is what the batch is for."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        flat = []
+        for arg, dim in zip(args, in_dims, strict=True):
+            if not isinstance(arg, Tensor):
+                flat.append(arg)
+                continue
+            whole = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            # Gradients that nobody asked for are empty and have no batch.
+            flat.append(whole.flatten(0, 1) if whole.dim() > 2 else whole)
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.int64 for arg in args):
+            message = "vmap over ragged clouds is not possible: put all clouds into one ragged batch"
+            raise NotImplementedError(message)
+        out = op(*flat)
+        split = lambda t: t.unflatten(0, (size, -1)) if t.dim() > 1 else t  # noqa: E731
+        if isinstance(out, Tensor):
+            return split(out), 0
+        return tuple(split(t) for t in out), tuple(0 if t.dim() > 1 else None for t in out)
+
+    return rule
+
+
+def _no_third_derivative(ctx: Any, *grads: Tensor) -> None:
+    message = (
+        "fad_loss.ops: third derivatives are not available from this backend; "
+        'use backend="dense", which autograd differentiates to any order'
+    )
+    raise RuntimeError(message)
+
+
+def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """Save nothing."""
+
+
+def _wide_empty(t: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    return t.new_empty(t.shape if shape is None else shape, dtype=accumulation_dtype(t.dtype))
+
+
+def _to(gradient: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None else gradient.to(like.dtype)
+
+
+# ----------------------------------------------------------------------------------------- knn
+
+
+@_register("knn", f"({_PAIR}, int k, {_CLOUDS}) -> (Tensor, Tensor)")
+def knn(x, y, k, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
+    """The k nearest neighbors: distance and index."""
+    return _implementation(backend).knn(x, y, k, exclude_self, x_offsets, y_offsets)
+
+
+@knn.register_fake
+def _(x, y, k, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
+    shape = (*x.shape[:-1], k)
+    return _wide_empty(x, shape), x.new_empty(shape, dtype=torch.int64)
+
+
+def absolute_index(index: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None) -> Tensor:
+    """Number neighbors through the whole packed (or flattened) y instead of within their cloud."""
+    if x_offsets is None or y_offsets is None:
+        start = torch.arange(y.shape[0], device=y.device) * y.shape[1]
+        start = start.reshape(-1, *[1] * (index.dim() - 1))
+    else:
+        start = y_offsets[:-1].repeat_interleave(x_offsets.diff(), output_size=index.shape[0])
+        start = start.reshape(-1, *[1] * (index.dim() - 1))
+    return index.clamp_min(0) + start
+
+
+def _knn_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, y, _, _, x_offsets, y_offsets, _ = inputs
+    ctx.save_for_backward(x, y, output[1], x_offsets, y_offsets)
+
+
+def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    """2 g_i (x_i - y_j) to x, and its negative to y_j, in a fixed order.
+
+    These are ordinary differentiable operations, so higher derivatives come by themselves.
+    """
+    x, y, index, x_offsets, y_offsets = ctx.saved_tensors
+    points = y.reshape(-1, y.shape[-1])
+    found = index >= 0
+    if points.shape[0] == 0 or x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(y), *[None] * 5
+    flat = absolute_index(index, y, x_offsets, y_offsets).clamp_max(points.shape[0] - 1).reshape(-1)
+    chosen = points.index_select(0, flat).view(*index.shape, -1)
+    pull = 2 * torch.where(found, grad, 0.0).unsqueeze(-1) * (x.unsqueeze(-2) - chosen)
+    to_y = None
+    if ctx.needs_input_grad[1]:
+        spread = points.new_zeros(points.shape, dtype=pull.dtype)
+        spread = spread.index_put((flat,), -pull.reshape(-1, y.shape[-1]), accumulate=True)
+        to_y = spread.view(y.shape).to(y.dtype)
+    return pull.sum(-2).to(x.dtype), to_y, *[None] * 5
+
+
+knn.register_autograd(_knn_backward, setup_context=_knn_setup)
+
+
+# ---------------------------------------------------------------------------------- kernel_sum
+
+
+@_register("kernel_sum", f"({_PAIR}, {_KERNEL}) -> Tensor")
+def kernel_sum(  # type: ignore[no-untyped-def]
+    x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend
+):
+    """Sum over j of w_j k(d_ij)."""
+    k = kernel_from(kernel, parameters)
+    run = _implementation(backend).kernel_sum
+    return run(x, y, weights, k, exclude_self, x_offsets, y_offsets)
+
+
+@kernel_sum.register_fake
+def _(x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
+    return _wide_empty(x, x.shape[:-1])
+
+
+@_register(
+    "kernel_sum_backward",
+    f"(Tensor grad, {_PAIR}, {_KERNEL}, bool of_y, bool of_weights) -> (Tensor, Tensor, Tensor)",
+)
+def kernel_sum_backward(  # type: ignore[no-untyped-def]
+    grad, x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend, of_y, of_weights
+):
+    """Gradients by x, y and the weights."""
+    k = kernel_from(kernel, parameters)
+    run = _implementation(backend).kernel_sum_backward
+    return run(grad, x, y, weights, k, exclude_self, x_offsets, y_offsets, of_y, of_weights)
+
+
+@kernel_sum_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad, x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend, of_y, of_weights
+):
+    return (
+        _wide_empty(x),
+        _wide_empty(y, None if of_y else (0,)),
+        _wide_empty(y, y.shape[:-1] if of_weights else (0,)),
+    )
+
+
+@_register(
+    "kernel_sum_double_backward",
+    f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, {_KERNEL})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def kernel_sum_double_backward(  # type: ignore[no-untyped-def]
+    u, v, t, grad, x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend
+):
+    """Gradients of the backward: by its incoming gradient, x, y and the weights."""
+    k = kernel_from(kernel, parameters)
+    run = _implementation(backend).kernel_sum_double_backward
+    return run(u, v, t, grad, x, y, weights, k, exclude_self, x_offsets, y_offsets)
+
+
+@kernel_sum_double_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    u, v, t, grad, x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend
+):
+    return _wide_empty(grad), _wide_empty(x), _wide_empty(y), _wide_empty(y, y.shape[:-1])
+
+
+def _kernel_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, y, weights, *ctx.settings, x_offsets, y_offsets, ctx.backend = inputs
+    ctx.save_for_backward(x, y, weights, x_offsets, y_offsets)
+
+
+def _kernel_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, y, weights, x_offsets, y_offsets = ctx.saved_tensors
+    of_y, of_weights = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    dx, dy, dw = kernel_sum_backward(
+        grad, x, y, weights, *ctx.settings, x_offsets, y_offsets, ctx.backend, of_y, of_weights
+    )
+    return (
+        dx.to(x.dtype),
+        dy.to(y.dtype) if of_y else None,
+        _to(dw, weights) if of_weights else None,
+        *[None] * 6,
+    )
+
+
+def _kernel_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    grad, x, y, weights, *ctx.settings, x_offsets, y_offsets, ctx.backend, of_y, of_weights = inputs
+    ctx.of_y, ctx.of_weights = of_y, of_weights
+    ctx.save_for_backward(grad, x, y, weights, x_offsets, y_offsets)
+
+
+def _kernel_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple[Any, ...]:
+    grad, x, y, weights, x_offsets, y_offsets = ctx.saved_tensors
+    dgrad, dx, dy, dw = kernel_sum_double_backward(
+        u,
+        v if ctx.of_y else None,
+        t if ctx.of_weights else None,
+        grad,
+        x,
+        y,
+        weights,
+        *ctx.settings,
+        x_offsets,
+        y_offsets,
+        ctx.backend,
+    )
+    return dgrad, dx.to(x.dtype), dy.to(y.dtype), _to(dw, weights), *[None] * 8
+
+
+kernel_sum.register_autograd(_kernel_backward, setup_context=_kernel_setup)
+kernel_sum_backward.register_autograd(
+    _kernel_double_backward, setup_context=_kernel_backward_setup
+)
+kernel_sum_double_backward.register_autograd(_no_third_derivative, setup_context=_nothing)
+
+
+# ------------------------------------------------------------------------------------- softmin
+
+
+@_register("softmin", f"({_PAIR}, Tensor? bias, {_SOFTMIN}) -> Tensor")
+def softmin(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
+    """Minus eps log sum_j exp((h_j - d_ij) / eps), for each epsilon."""
+    run = _implementation(backend).softmin
+    return run(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets)
+
+
+@softmin.register_fake
+def _(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
+    return _wide_empty(x, (*x.shape[:-1], len(epsilon)))
+
+
+@_register(
+    "softmin_backward",
+    f"(Tensor grad, {_PAIR}, Tensor? bias, Tensor out, {_SOFTMIN}, bool of_y, bool of_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def softmin_backward(  # type: ignore[no-untyped-def]
+    grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend, of_y, of_bias
+):
+    """Gradients by x, y and the bias."""
+    run = _implementation(backend).softmin_backward
+    return run(
+        grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, of_y, of_bias
+    )
+
+
+@softmin_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend, of_y, of_bias
+):
+    return (
+        _wide_empty(x),
+        _wide_empty(y, None if of_y else (0,)),
+        _wide_empty(y, (*y.shape[:-1], len(epsilon)) if of_bias else (0,)),
+    )
+
+
+@_register(
+    "softmin_double_backward",
+    f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, Tensor? bias, Tensor out, {_SOFTMIN})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def softmin_double_backward(  # type: ignore[no-untyped-def]
+    u, v, t, grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend
+):
+    """Gradients of the backward: by its incoming gradient, x, y and the bias."""
+    run = _implementation(backend).softmin_double_backward
+    return run(u, v, t, grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets)
+
+
+@softmin_double_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    u, v, t, grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend
+):
+    bias_shape = (*y.shape[:-1], len(epsilon))
+    return _wide_empty(grad), _wide_empty(x), _wide_empty(y), _wide_empty(y, bias_shape)
+
+
+def _softmin_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, y, bias, *ctx.settings, x_offsets, y_offsets, ctx.backend = inputs
+    ctx.save_for_backward(x, y, bias, output, x_offsets, y_offsets)
+
+
+def _softmin_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, y, bias, out, x_offsets, y_offsets = ctx.saved_tensors
+    of_y, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+    # The double backward knows that `out` is a function of the others, so it is a constant here.
+    dx, dy, dbias = softmin_backward(
+        grad, x, y, bias, out.detach(), *ctx.settings, x_offsets, y_offsets, ctx.backend, of_y, of_bias
+    )
+    return (
+        dx.to(x.dtype),
+        dy.to(y.dtype) if of_y else None,
+        _to(dbias, bias) if of_bias else None,
+        *[None] * 5,
+    )
+
+
+def _softmin_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    grad, x, y, bias, out, *ctx.settings, x_offsets, y_offsets, ctx.backend, of_y, of_bias = inputs
+    ctx.of_y, ctx.of_bias = of_y, of_bias
+    ctx.save_for_backward(grad, x, y, bias, out, x_offsets, y_offsets)
+
+
+def _softmin_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple[Any, ...]:
+    grad, x, y, bias, out, x_offsets, y_offsets = ctx.saved_tensors
+    dgrad, dx, dy, dbias = softmin_double_backward(
+        u,
+        v if ctx.of_y else None,
+        t if ctx.of_bias else None,
+        grad,
+        x,
+        y,
+        bias,
+        out,
+        *ctx.settings,
+        x_offsets,
+        y_offsets,
+        ctx.backend,
+    )
+    return dgrad, dx.to(x.dtype), dy.to(y.dtype), _to(dbias, bias), *[None] * 8
+
+
+softmin.register_autograd(_softmin_backward, setup_context=_softmin_setup)
+softmin_backward.register_autograd(
+    _softmin_double_backward, setup_context=_softmin_backward_setup
+)
+softmin_double_backward.register_autograd(_no_third_derivative, setup_context=_nothing)

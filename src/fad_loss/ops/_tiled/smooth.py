@@ -1,0 +1,354 @@
+r"""kernel_sum and softmin: forward, backward and double backward, a tile at a time.
+
+With d_ij the squared distances, both are sums over j of a smooth function of d_ij. Let u_i, v_j be
+directions in which x and y move: d_ij changes by delta_ij = 2 (x_i - y_j) . (u_i - v_j). Then
+
+- the backward needs one weight per pair, W_ij = dL/d(d_ij), and
+  `pull` multiplies it back: dx_i = 2 (sum_j W_ij) x_i - 2 sum_j W_ij y_j;
+- the double backward is the gradient of S = sum_ij W_ij delta_ij + ..., which needs two weights per
+  pair: A_ij = dS/d(d_ij), pulled to x and y, and P_ij = dS/d(delta_ij) = W_ij, pulled to u and v.
+
+Weights are recomputed on each tile from the points, so memory stays O(N + M).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fad_loss.ops._dense import accumulation_dtype
+from fad_loss.ops._tiled.tiles import Clouds, groups, own_pairs
+from fad_loss.ops.kernels import Kernel
+
+Offsets = Tensor | None
+
+
+class _Sums:
+    """Gradients being accumulated over the tiles of one group: of x, and of y where it is wanted.
+
+    `pull` works on centered points: the result does not change, and less of it cancels.
+    """
+
+    def __init__(self, clouds: Clouds, *, of_y: bool) -> None:
+        self.x = torch.zeros_like(clouds.x)
+        self.y = torch.zeros_like(clouds.y) if of_y else None
+
+    def pull(self, weights: Tensor, x: Tensor, y: Tensor, rows: slice, columns: slice) -> None:
+        """Add the gradient of sum_ij W_ij |x_i - y_j|^2 by x and y."""
+        part = x[:, rows] * weights.sum(-1, keepdim=True)
+        self.x[:, rows] += 2 * part.baddbmm(weights, y[:, columns], alpha=-1)
+        if self.y is not None:
+            part = y[:, columns] * weights.sum(-2).unsqueeze(-1)
+            self.y[:, columns] += 2 * part.baddbmm(weights.mT, x[:, rows], alpha=-1)
+
+
+def _directional(
+    clouds: Clouds, u: Tensor | None, v: Tensor | None, rows: slice, columns: slice
+) -> Tensor:
+    """delta_ij = 2 (x_i - y_j) . (u_i - v_j) on one tile; a direction that is None is zero."""
+    x, y = clouds.x[:, rows], clouds.y[:, columns]
+    delta = x.new_zeros(x.shape[0], x.shape[1], y.shape[1])
+    if u is not None:
+        delta = delta + (x * u[:, rows]).sum(-1, keepdim=True)
+        delta = delta.baddbmm(u[:, rows], y.mT, alpha=-1)
+    if v is not None:
+        delta = delta + (y * v[:, columns]).sum(-1).unsqueeze(-2)
+        delta = delta.baddbmm(x, v[:, columns].mT, alpha=-1)
+    return 2 * delta
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(accumulation_dtype(t.dtype))
+
+
+def _like(t: Tensor, *, wanted: bool = True) -> Tensor:
+    """A zero accumulator for a gradient of `t`, or an empty one if nobody wants it."""
+    dtype = accumulation_dtype(t.dtype)
+    return torch.zeros_like(t, dtype=dtype) if wanted else t.new_empty(0, dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------- kernel_sum
+
+
+def kernel_sum(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    kernel: Kernel,
+    exclude_self: bool,
+    x_offsets: Offsets,
+    y_offsets: Offsets,
+) -> Tensor:
+    """Sum over j of w_j k(d_ij)."""
+    total = _like(x[..., 0])
+    for group in groups(x, y, x_offsets, y_offsets):
+        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-1)
+        out = group.of_x(total)
+        for rows, columns in clouds:
+            value = kernel(clouds.distances(rows, columns))
+            if exclude_self:
+                own_pairs(value, rows, columns).zero_()
+            out[:, rows] += value.sum(-1) if w is None else (value @ w[:, columns]).squeeze(-1)
+    return total
+
+
+def kernel_sum_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    kernel: Kernel,
+    exclude_self: bool,
+    x_offsets: Offsets,
+    y_offsets: Offsets,
+    of_y: bool,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, y and the weights."""
+    grads = _like(x), _like(y, wanted=of_y), _like(y[..., 0], wanted=of_weights)
+    for group in groups(x, y, x_offsets, y_offsets):
+        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        g = group.of_x(grad).unsqueeze(-1)
+        w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
+        sums = _Sums(clouds, of_y=of_y)
+        for rows, columns in clouds:
+            d = clouds.distances(rows, columns)
+            first = kernel.first(d).mul_(g[:, rows])
+            if exclude_self:
+                own_pairs(first, rows, columns).zero_()
+            if of_weights:
+                value = kernel(d)
+                if exclude_self:
+                    own_pairs(value, rows, columns).zero_()
+                group.of_y(grads[2])[:, columns] += (g[:, rows] * value).sum(-2)
+            if w is not None:
+                first.mul_(w[..., columns])
+            sums.pull(first, clouds.x, clouds.y, rows, columns)
+        group.of_x(grads[0]).copy_(sums.x)
+        if sums.y is not None:
+            group.of_y(grads[1]).copy_(sums.y)
+    return grads
+
+
+def kernel_sum_double_backward(
+    u: Tensor,
+    v: Tensor | None,
+    t: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor | None,
+    kernel: Kernel,
+    exclude_self: bool,
+    x_offsets: Offsets,
+    y_offsets: Offsets,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y and the weights."""
+    grads = _like(grad), _like(x), _like(y), _like(y[..., 0])
+    for group in groups(x, y, x_offsets, y_offsets):
+        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        gu = _wide(group.of_x(u))
+        gv = None if v is None else _wide(group.of_y(v))
+        gt = None if t is None else _wide(group.of_y(t)).unsqueeze(-2)
+        g = group.of_x(grad).unsqueeze(-1)
+        w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
+        sums = _Sums(clouds, of_y=True)
+        for rows, columns in clouds:
+            d = clouds.distances(rows, columns)
+            delta = _directional(clouds, gu, gv, rows, columns)
+            first, second = kernel.first(d), kernel.second(d)
+            value = kernel(d) if gt is not None else None
+            if exclude_self:
+                for tile in (first, second, value):
+                    if tile is not None:
+                        own_pairs(tile, rows, columns).zero_()
+            moved = first * delta
+            group.of_y(grads[3])[:, columns] += (g[:, rows] * moved).sum(-2)
+            weighted = moved if w is None else moved * w[..., columns]
+            a = second * delta
+            p = first if w is None else first * w[..., columns]
+            if w is not None:
+                a = a * w[..., columns]
+            if gt is not None and value is not None:
+                weighted = weighted + gt[..., columns] * value
+                a = a + gt[..., columns] * first
+            group.of_x(grads[0])[:, rows] += weighted.sum(-1)
+            sums.pull(a * g[:, rows], clouds.x, clouds.y, rows, columns)
+            sums.pull(p * g[:, rows], gu, _zeros(gv, clouds.y), rows, columns)
+        group.of_x(grads[1]).copy_(sums.x)
+        if sums.y is not None:
+            group.of_y(grads[2]).copy_(sums.y)
+    return grads
+
+
+def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if t is None else t
+
+
+# ------------------------------------------------------------------------------------- softmin
+
+
+def softmin(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    epsilon: Sequence[float],
+    exclude_self: bool,
+    x_offsets: Offsets,
+    y_offsets: Offsets,
+) -> Tensor:
+    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E)."""
+    dtype = accumulation_dtype(x.dtype)
+    result = x.new_empty((*x.shape[:-1], len(epsilon)), dtype=dtype)
+    for group in groups(x, y, x_offsets, y_offsets):
+        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        h = None if bias is None else _wide(group.of_y(bias)).mT.unsqueeze(-2)
+        out = group.of_x(result)
+        for rows in clouds.rows():
+            shape = (*out[:, rows].shape,)
+            largest = torch.full(shape, -torch.inf, dtype=dtype, device=x.device)
+            total = torch.zeros(shape, dtype=dtype, device=x.device)
+            for columns in clouds.columns():
+                d = clouds.distances(rows, columns)
+                if exclude_self:
+                    own_pairs(d, rows, columns).fill_(torch.inf)
+                for e, eps in enumerate(epsilon):
+                    z = d * (-1 / eps)
+                    if h is not None:
+                        z.add_(h[:, e, :, columns], alpha=1 / eps)
+                    new = torch.maximum(largest[..., e], z.amax(-1))
+                    # Where nothing has been seen yet both maxima are -inf, and their difference NaN.
+                    safe = torch.where(new == -torch.inf, 0.0, new)
+                    total[..., e] *= (largest[..., e] - safe).exp_()
+                    total[..., e] += z.sub_(safe.unsqueeze(-1)).exp_().sum(-1)
+                    largest[..., e] = new
+            scale = torch.tensor(epsilon, dtype=dtype, device=x.device)
+            # log(0) - inf = -inf for a row without neighbors: the result is +inf, as it should be.
+            out[:, rows] = -scale * (total.log_() + largest)
+    return result
+
+
+class _Probabilities:
+    """Recomputes p_ij for one group of clouds, tile by tile."""
+
+    def __init__(
+        self,
+        clouds: Clouds,
+        bias: Tensor | None,
+        out: Tensor,
+        epsilon: Sequence[float],
+        exclude_self: bool,
+    ) -> None:
+        self.clouds, self.epsilon, self.exclude_self = clouds, epsilon, exclude_self
+        self.h = None if bias is None else _wide(bias).mT.unsqueeze(-2)
+        # A row without neighbors is +inf; with -inf instead all its probabilities are exp(-inf) = 0.
+        self.out = torch.where(out == torch.inf, -torch.inf, out)
+
+    def on(self, rows: slice, columns: slice) -> list[Tensor]:
+        """The tile of probabilities for each epsilon."""
+        d = self.clouds.distances(rows, columns)
+        tiles = []
+        for e, eps in enumerate(self.epsilon):
+            z = self.out[:, rows, e, None] - d
+            if self.h is not None:
+                z.add_(self.h[:, e, :, columns])
+            p = z.mul_(1 / eps).exp_()
+            if self.exclude_self:
+                own_pairs(p, rows, columns).zero_()
+            tiles.append(p)
+        return tiles
+
+
+def softmin_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    epsilon: Sequence[float],
+    exclude_self: bool,
+    x_offsets: Offsets,
+    y_offsets: Offsets,
+    of_y: bool,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, y and the bias."""
+    like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
+    grads = _like(x), _like(y, wanted=of_y), _like(like_bias, wanted=of_bias)
+    for group in groups(x, y, x_offsets, y_offsets):
+        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        h = None if bias is None else group.of_y(bias)
+        p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
+        g = group.of_x(grad)
+        sums = _Sums(clouds, of_y=of_y)
+        for rows, columns in clouds:
+            weights: Tensor | None = None
+            for e, tile in enumerate(p.on(rows, columns)):
+                weighted = tile.mul_(g[:, rows, e, None])
+                if of_bias:
+                    group.of_y(grads[2])[:, columns, e] -= weighted.sum(-2)
+                weights = weighted if weights is None else weights.add_(weighted)
+            if weights is not None:
+                sums.pull(weights, clouds.x, clouds.y, rows, columns)
+        group.of_x(grads[0]).copy_(sums.x)
+        if sums.y is not None:
+            group.of_y(grads[1]).copy_(sums.y)
+    return grads
+
+
+def softmin_double_backward(
+    u: Tensor,
+    v: Tensor | None,
+    t: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    epsilon: Sequence[float],
+    exclude_self: bool,
+    x_offsets: Offsets,
+    y_offsets: Offsets,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of S = <u, dx> + <v, dy> + <t, dh> by the incoming gradient, x, y and the bias.
+
+    With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
+    over the row before the weights of any of its pairs are known.
+    """
+    like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
+    grads = _like(grad), _like(x), _like(y), _like(like_bias)
+    for group in groups(x, y, x_offsets, y_offsets):
+        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        h = None if bias is None else group.of_y(bias)
+        p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
+        gu = _wide(group.of_x(u))
+        gv = None if v is None else _wide(group.of_y(v))
+        gt = None if t is None else _wide(group.of_y(t)).mT.unsqueeze(-2)
+        g = group.of_x(grad)
+        mean = group.of_x(grads[0])
+        sums = _Sums(clouds, of_y=True)
+        for rows in clouds.rows():
+            for columns in clouds.columns():
+                delta = _directional(clouds, gu, gv, rows, columns)
+                for e, tile in enumerate(p.on(rows, columns)):
+                    q = delta if gt is None else delta - gt[:, e, :, columns]
+                    mean[:, rows, e] += (tile * q).sum(-1)
+            for columns in clouds.columns():
+                delta = _directional(clouds, gu, gv, rows, columns)
+                a, w = torch.zeros_like(delta), torch.zeros_like(delta)
+                for e, tile in enumerate(p.on(rows, columns)):
+                    q = delta if gt is None else delta - gt[:, e, :, columns]
+                    weighted = tile.mul_(g[:, rows, e, None])
+                    w += weighted
+                    change = weighted * (q - mean[:, rows, e, None]) / epsilon[e]
+                    a -= change
+                    group.of_y(grads[3])[:, columns, e] += change.sum(-2)
+                sums.pull(a, clouds.x, clouds.y, rows, columns)
+                sums.pull(w, gu, _zeros(gv, clouds.y), rows, columns)
+        group.of_x(grads[1]).copy_(sums.x)
+        if sums.y is not None:
+            group.of_y(grads[2]).copy_(sums.y)
+    return grads

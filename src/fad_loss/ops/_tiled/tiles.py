@@ -1,0 +1,136 @@
+"""What every tiled reduction shares: cutting clouds into tiles, and distances on one tile.
+
+A tile is a few rows (points of x) against a few columns (points of y), small enough to stay in the
+cache between the matrix product that fills it and the reduction that consumes it. Nothing of size
+N x M ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fad_loss.ops._dense import accumulation_dtype
+
+# Elements of a tile: 1 MiB of float32 on a CPU (half of a typical L2 cache is left for the points
+# themselves), larger where launching is what costs.
+CPU_TILE = 1 << 18
+DEVICE_TILE = 1 << 24
+COLUMNS = 2048
+
+# Up to this many channels, summing differences costs less than a matrix product and loses nothing.
+DIRECT_CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clouds of one size that are computed together: where they are in the packed or batched tensor."""
+
+    rows: slice
+    columns: slice
+    ragged: bool
+
+    def of_x(self, t: Tensor) -> Tensor:
+        """The part of a tensor along x that belongs to this group, (b, n, ...), as a view."""
+        return t[self.rows].unsqueeze(0) if self.ragged else t[self.rows]
+
+    def of_y(self, t: Tensor) -> Tensor:
+        """The part of a tensor along y that belongs to this group, (b, m, ...), as a view."""
+        return t[self.columns].unsqueeze(0) if self.ragged else t[self.columns]
+
+
+def tile_size(t: Tensor) -> int:
+    """Elements per tile on the tensor's device."""
+    return CPU_TILE if t.device.type == "cpu" else DEVICE_TILE
+
+
+def groups(
+    x: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None
+) -> Iterator[Group]:
+    """Cut a batch into groups of clouds whose tiles fit together; ragged clouds come one by one."""
+    if x_offsets is not None and y_offsets is not None:
+        x_bounds, y_bounds = x_offsets.tolist(), y_offsets.tolist()
+        for cloud in range(len(x_bounds) - 1):
+            rows = slice(x_bounds[cloud], x_bounds[cloud + 1])
+            yield Group(rows, slice(y_bounds[cloud], y_bounds[cloud + 1]), ragged=True)
+        return
+    pairs = max(x.shape[1] * y.shape[1], 1)
+    step = max(tile_size(x) // pairs, 1)
+    for start in range(0, x.shape[0], step):
+        part = slice(start, min(start + step, x.shape[0]))
+        yield Group(part, part, ragged=False)
+
+
+def steps(size: int, step: int) -> Iterator[slice]:
+    """Cut ``range(size)`` into slices of at most `step`."""
+    for start in range(0, size, max(step, 1)):
+        yield slice(start, min(start + step, size))
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """A group's points, centered for the multiplication, with their squared norms.
+
+    The expansion |x|^2 + |y|^2 - 2 xy cancels when clouds lie far from the origin, so the mean of y
+    is taken from both. With few channels differences are summed instead, and norms are not needed.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_norms: Tensor
+    y_norms: Tensor
+    direct: bool
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Clouds:
+        """Center, and square, the points (b, n, C) and (b, m, C)."""
+        dtype = accumulation_dtype(x.dtype)
+        x, y = x.to(dtype), y.to(dtype)
+        if y.shape[1]:
+            center = y.mean(1, keepdim=True)
+            x, y = x - center, y - center
+        return cls(x, y, _norms(x), _norms(y), direct=x.shape[-1] <= DIRECT_CHANNELS)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        """The tiles: rows by rows, and within them columns by columns."""
+        for rows in self.rows():
+            for columns in self.columns():
+                yield rows, columns
+
+    def rows(self) -> Iterator[slice]:
+        """Slices of rows such that a tile of them against one slice of columns has the right size."""
+        columns = min(self.y.shape[1], COLUMNS)
+        return steps(self.x.shape[1], tile_size(self.x) // max(columns * self.x.shape[0], 1))
+
+    def columns(self) -> Iterator[slice]:
+        """Slices of the columns."""
+        return steps(self.y.shape[1], COLUMNS)
+
+    def distances(self, rows: slice, columns: slice) -> Tensor:
+        """The tile's squared distances, never negative."""
+        x, y = self.x[:, rows], self.y[:, columns]
+        if self.direct:
+            return direct_distances(x, y)
+        d = torch.baddbmm(self.y_norms[:, None, columns], x, y.mT, alpha=-2)
+        return d.add_(self.x_norms[:, rows, None]).clamp_(min=0)
+
+
+def _norms(t: Tensor) -> Tensor:
+    return torch.linalg.vecdot(t, t)
+
+
+def direct_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances as sums of differences, channel by channel: nothing cancels."""
+    d = torch.zeros(*x.shape[:2], y.shape[1], dtype=x.dtype, device=x.device)
+    for channel in range(x.shape[-1]):
+        difference = x[..., channel, None] - y[:, None, :, channel]
+        d.addcmul_(difference, difference)
+    return d
+
+
+def own_pairs(tile: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A view of the entries of the tile in which a point meets itself (empty if there are none)."""
+    return tile.diagonal(rows.start - columns.start, dim1=-2, dim2=-1)
