@@ -7,6 +7,7 @@ one after the other, and where each cloud begins (B + 1 numbers, the first 0, th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +30,54 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
             "points in dimension 1; build it with fad_loss.ragged"
         )
         raise ValueError(message)
-    return x.values(), x.offsets()  # type: ignore[no-untyped-call]
+    return _Unwrap.apply(x), x.offsets()
+
+
+def wrap(values: Tensor, offsets: Tensor, shortest: int | None, longest: int | None) -> Tensor:
+    """Make a ragged tensor of packed values; the lengths' bounds, if known, spare a look at them."""
+    ragged: Tensor = _Wrap.apply(values, offsets, shortest, longest)
+    return ragged
 
 
 def unpack(values: Tensor, like: Tensor) -> Tensor:
     """Give packed `values` the clouds of the ragged tensor `like`."""
-    # The cached bounds travel along: without them, operators have to look at the offsets.
-    return torch.nested.nested_tensor_from_jagged(
-        values, like.offsets(), min_seqlen=like._maybe_min_seqlen, max_seqlen=like._maybe_max_seqlen  # type: ignore
-    )
+    return wrap(values, like.offsets(), like._maybe_min_seqlen, like._maybe_max_seqlen)  # type: ignore[attr-defined]
+
+
+class _Wrap(torch.autograd.Function):
+    """Packed values to a jagged nested tensor.
+
+    PyTorch's own constructor and accessor cannot be differentiated twice (aten::values of a nested
+    tensor has no second derivative); these two are each other's derivative, to any order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, offsets: Tensor, shortest: int | None, longest: int | None
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return torch.nested.nested_tensor_from_jagged(
+            values.detach(), offsets, min_seqlen=shortest, max_seqlen=longest
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        return (None if grad is None else _Unwrap.apply(grad)), None, None, None
+
+
+class _Unwrap(torch.autograd.Function):
+    """A jagged nested tensor to its packed values."""
+
+    @staticmethod
+    def forward(ctx: Any, ragged: Any) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.clouds = ragged.offsets(), ragged._maybe_min_seqlen, ragged._maybe_max_seqlen
+        values: Tensor = ragged._values.detach()
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        return None if grad is None else wrap(grad, *ctx.clouds)
 
 
 def pointwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

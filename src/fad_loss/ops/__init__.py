@@ -108,33 +108,38 @@ def _check_pair(x: Tensor, y: Tensor, *, exclude_self: bool) -> _Pair:
         raise ValueError(message)
     ragged_x = x if is_ragged(x) else None
     x_offsets = y_offsets = None
-    shapes = f"x is {describe(x)}, y is {describe(y)}"
+    given = x, y
+
+    def came() -> str:
+        # Described only when needed: formatting sizes is not possible while compiling.
+        return f"x is {describe(given[0])}, y is {describe(given[1])}"
+
     if ragged_x is not None:
         (x, x_offsets), (y, y_offsets) = pack(x), pack(y)
     if x.dtype != y.dtype:
-        message = f"x and y: expected one dtype, but {shapes}; convert one with .to(dtype)"
+        message = f"x and y: expected one dtype, but {came()}; convert one with .to(dtype)"
         raise TypeError(message)
     if x.device != y.device:
-        message = f"x and y: expected one device, but {shapes}; move one with .to(device)"
+        message = f"x and y: expected one device, but {came()}; move one with .to(device)"
         raise ValueError(message)
     if x.shape[-1] != y.shape[-1]:
-        message = f"x and y: expected the same number of channels C (last axis), but {shapes}"
+        message = f"x and y: expected the same number of channels C (last axis), but {came()}"
         raise ValueError(message)
     if x.shape[-1] == 0:
-        message = f"x and y: expected at least one channel, but {shapes}"
+        message = f"x and y: expected at least one channel, but {came()}"
         raise ValueError(message)
     if x_offsets is not None and y_offsets is not None:
         same_batch = len(x_offsets) == len(y_offsets)
     else:
         same_batch = x.shape[0] == y.shape[0]
     if not same_batch:
-        message = f"x and y: expected the same number of clouds B (first axis), but {shapes}"
+        message = f"x and y: expected the same number of clouds B (first axis), but {came()}"
         raise ValueError(message)
     if exclude_self:
         if x_offsets is not None and y_offsets is not None:
             _check_same_clouds("exclude_self: x", x_offsets, "y", y_offsets)
         if x.shape != y.shape:
-            message = f"exclude_self: expected x and y to be the same points, but {shapes}"
+            message = f"exclude_self: expected x and y to be the same points, but {came()}"
             raise ValueError(message)
     check_finite("x", x)
     check_finite("y", y)
