@@ -1,5 +1,36 @@
-"""Feature adversarial distillation for point clouds."""
+"""Feature adversarial distillation for point clouds.
 
+>>> import torch
+>>> from fad_loss import FeatureAdversarialLoss
+>>> fad = FeatureAdversarialLoss(student_channels=64, teacher_channels=1024)
+"""
+
+from fad_loss import distances, metrics, objectives, ops, penalties
 from fad_loss._checks import debug
+from fad_loss.discriminators import (
+    CloudDiscriminator,
+    HeadDiscriminator,
+    NeighborhoodDiscriminator,
+    PointDiscriminator,
+    TeacherDiscriminator,
+)
+from fad_loss.features import capture_features, ragged
+from fad_loss.loss import FeatureAdversarialLoss
 
-__all__ = ["debug"]
+__all__ = [
+    "CloudDiscriminator",
+    "FeatureAdversarialLoss",
+    "HeadDiscriminator",
+    "NeighborhoodDiscriminator",
+    "PointDiscriminator",
+    "TeacherDiscriminator",
+    "capture_features",
+    "debug",
+    "distances",
+    "metrics",
+    "objectives",
+    "ops",
+    "penalties",
+    "ragged",
+]
+__version__ = "0.1.0"

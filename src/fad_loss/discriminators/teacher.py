@@ -1,0 +1,199 @@
+"""The teacher's features as the discriminator: nothing to train, nothing that trails behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fad_loss import ops
+from fad_loss._checks import choose, describe, look
+from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, per_point, pointwise
+from fad_loss.ops.kernels import Energy, Kernel, _positive
+
+_MODES = {"log_ratio": False, "witness": True}
+
+
+class TeacherDiscriminator(nn.Module):
+    r"""Score points by how much likelier they are under the teacher's features than the student's.
+
+    For densities p (teacher) and q (student) the optimal discriminator is :math:`\log p - \log q`.
+    Both are estimated from the features of the cloud itself, with kernel densities over its teacher
+    points :math:`t_j` and its student points :math:`s_i`:
+
+    .. math::
+        D(z) = \frac1{|m|} \sum_m \left[
+            \log \frac1M \sum_j e^{-|z - t_j|^2 / 2 h_m^2}
+          - \log \frac1N \sum_i e^{-|z - s_i|^2 / 2 h_m^2} \right],
+        \qquad h_m^2 = m \cdot \frac1{M^2} \sum_{jk} |t_j - t_k|^2
+
+    where a point is left out of its own estimate. The densities *are* the discriminator: the sets
+    they are built from are detached, and only z carries a gradient, towards where the teacher has
+    more points than the student. There are no parameters, so it never trails behind the student.
+
+    ``mode="witness"`` is the linear version, the witness function of the maximum mean discrepancy:
+    :math:`D(z) = \frac1M \sum_j k(z, t_j) - \frac1N \sum_i k(z, s_i)`.
+
+    Args:
+        mode: "log_ratio" or "witness".
+        bandwidths: the factors m, in units of the cloud's mean squared distance between teacher
+            points; for "log_ratio". Wide ones see far, narrow ones see detail.
+        kernel: of `fad_loss.ops`, on features as they come; for "witness", where the default is
+            `fad_loss.ops.Energy`.
+        embedding: a module that maps features before they are compared, trained by the
+            discriminator's loss (as in MMD-GAN); or a width, for one linear layer of `channels`
+            inputs with spectral norm.
+        channels: of the features; only needed with ``embedding=`` a width.
+        backend: see `fad_loss.ops`.
+
+    Shape:
+        features `(B, N, C)`, reference `(B, M, C)`, or ragged; scores `(B, N)`, or ragged.
+
+    Raises:
+        ValueError: an unknown mode, bandwidths that are not positive, options of the other mode, or
+            clouds with fewer than two points on either side.
+
+    Source: Lee and Wu, "Feature adversarial distillation for point cloud classification", ICIP 2023
+    (arXiv:2306.14221), whose abstract names the teacher's features as the discriminator; reading
+    them as a density ratio is ours. Witness: Gretton et al., JMLR 2012. Embedding: Li et al.,
+    "MMD GAN", NeurIPS 2017.
+
+    Example:
+        >>> discriminator = TeacherDiscriminator()
+        >>> teacher = torch.tensor([[[0.0], [1.0], [2.0]]])
+        >>> student = torch.tensor([[[0.5], [1.5], [9.0]]])
+        >>> discriminator(student, reference=teacher) > 0
+        tensor([[ True,  True, False]])
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str = "log_ratio",
+        bandwidths: Sequence[float] = (0.3, 1.0, 3.0),
+        kernel: Kernel | None = None,
+        embedding: nn.Module | int | None = None,
+        channels: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.witness = choose("mode", mode, _MODES)
+        if kernel is not None and not self.witness:
+            message = 'kernel: only mode="witness" takes a kernel; "log_ratio" takes bandwidths'
+            raise ValueError(message)
+        self.mode, self.backend = mode, backend
+        self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
+        if not self.bandwidths:
+            message = "bandwidths: expected at least one number, got an empty sequence"
+            raise ValueError(message)
+        self.kernel = Energy() if kernel is None else kernel
+        self.embedding = _embedding(embedding, channels)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(discriminator)``."""
+        return repr(self.kernel) if self.witness else f"bandwidths={self.bandwidths}"
+
+    def forward(
+        self,
+        features: Tensor,
+        reference: Tensor | None = None,
+        labels: Tensor | None = None,
+        student: Tensor | None = None,
+    ) -> Tensor:
+        """Score `features`.
+
+        Args:
+            features: the points z to score, `(B, N, C)` or ragged.
+            reference: the teacher's features of the same clouds, `(B, M, C)` or ragged.
+            labels: not used; every discriminator accepts them.
+            student: the student's features, if `features` are not they. Pass the teacher's features
+                as both `features` and `reference` to score real points.
+
+        Returns:
+            One score per point, `(B, N)` or ragged.
+
+        Raises:
+            ValueError: no reference, or a cloud with fewer than two points.
+        """
+        if reference is None:
+            message = (
+                "reference: TeacherDiscriminator needs the teacher's features of the same clouds; "
+                "call discriminator(features, reference=teacher_features)"
+            )
+            raise ValueError(message)
+        of_student, of_teacher = student is None, features is reference
+        for name, cloud in (("features", features), ("reference", reference), ("student", student)):
+            if cloud is not None:
+                _check_points(name, cloud)
+        t = self._embed(reference.detach())
+        s = self._embed((features if student is None else student).detach())
+        z = self._embed(features)
+        if self.witness:
+            near = ops.kernel_mean(z, t, self.kernel, exclude_self=of_teacher, backend=self.backend)
+            own = ops.kernel_mean(z, s, self.kernel, exclude_self=of_student, backend=self.backend)
+            return near - own
+        scale = _spread(t).rsqrt()
+        z, t, s = (_scaled(points, scale) for points in (z, t, s))
+        return self._log_density(z, t, of_teacher) - self._log_density(z, s, of_student)
+
+    def _embed(self, features: Tensor) -> Tensor:
+        return features if self.embedding is None else pointwise(self.embedding, features)
+
+    def _log_density(self, z: Tensor, points: Tensor, own: bool) -> Tensor:
+        """Log of the kernel density at z, averaged over the bandwidths, without its constant."""
+        epsilon = [2 * m for m in self.bandwidths]
+        minimum = ops.softmin(z, points, epsilon, exclude_self=own, backend=self.backend)
+        scores = pointwise(lambda v: -(v / v.new_tensor(epsilon)).mean(-1), minimum)
+        count = cloud_lengths(points).to(scores.dtype) - float(own)
+        return scores - per_point(count.clamp_min(1).log(), z)
+
+
+def _embedding(embedding: nn.Module | int | None, channels: int | None) -> nn.Module | None:
+    if embedding is None or isinstance(embedding, nn.Module):
+        return embedding
+    if isinstance(embedding, bool) or not isinstance(embedding, int) or embedding < 1:
+        message = f"embedding: expected a module or a width of at least 1, got {embedding!r}"
+        raise ValueError(message)
+    if channels is None:
+        message = "channels: embedding= a width also needs channels=, the width of the features"
+        raise ValueError(message)
+    layer = nn.Linear(channels, embedding)
+    return torch.nn.utils.parametrizations.spectral_norm(layer)
+
+
+def _check_points(name: str, cloud: Tensor) -> None:
+    if is_ragged(cloud):
+        lengths = cloud_lengths(cloud)
+        few = look(lengths) and bool((lengths < 2).any())
+    else:
+        few = cloud.dim() == 3 and cloud.shape[1] < 2
+    if few:
+        message = (
+            f"{name}: TeacherDiscriminator estimates densities from the points of a cloud and needs "
+            f"at least 2, got {describe(cloud)}; compare per-point features, or global features "
+            f"(B, C) of at least 2 clouds"
+        )
+        raise ValueError(message)
+
+
+def _spread(t: Tensor) -> Tensor:
+    """The mean squared distance between a cloud's points, (B,): twice the variance, summed over C.
+
+    A cloud whose points all coincide has none; a fraction of its distance from the origin stands in.
+    """
+    wide = t.detach()
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    mean = cloud_mean(wide)
+    centered = wide - per_point(mean, wide)
+    spread = 2 * cloud_mean(pointwise(lambda v: v.square().sum(-1), centered))
+    floor = 1e-6 * mean.square().sum(-1) + math.sqrt(torch.finfo(torch.float32).tiny)
+    return torch.maximum(spread, floor)
+
+
+def _scaled(points: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each cloud by its scale, keeping the dtype."""
+    factor = per_point(scale, points)
+    return points * pointwise(lambda v: v.unsqueeze(-1).to(points.dtype), factor)

@@ -1,0 +1,384 @@
+r"""Distances between two sets of points, differentiable, one per cloud.
+
+They compare features as sets: no order, no correspondence, any number of points on either side. All
+are built on `fad_loss.ops`, so none holds an N x M matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fad_loss import ops
+from fad_loss._checks import check_tensor, choose, describe, look
+from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, pack, per_point, unpack
+from fad_loss.ops.kernels import Energy, Kernel, _positive
+
+__all__ = ["chamfer", "energy", "mmd", "sinkhorn"]
+
+_REDUCTIONS = {
+    "mean": torch.Tensor.mean,
+    "sum": torch.Tensor.sum,
+    "none": lambda per_cloud: per_cloud,
+}
+
+
+def _reduce(per_cloud: Tensor, reduction: str) -> Tensor:
+    reduced: Tensor = choose("reduction", reduction, _REDUCTIONS)(per_cloud)
+    return reduced
+
+
+def _check_sets(x: Tensor, y: Tensor) -> None:
+    """The operators check everything but this: a distance to an empty set does not exist."""
+    for name, t in (("x", x), ("y", y)):
+        check_tensor(name, t)
+        if t.dim() != 3:
+            continue  # the operator words this error
+        lengths = cloud_lengths(t) if is_ragged(t) else None
+        if lengths is not None:
+            empty = look(lengths) and bool((lengths == 0).any())
+        else:
+            empty = t.shape[1] == 0
+        if empty or t.shape[0] == 0:
+            message = (
+                f"{name}: expected at least one cloud, and at least one point in every cloud, got "
+                f"{describe(t)}; leave empty clouds out of the batch"
+            )
+            raise ValueError(message)
+
+
+def chamfer(x: Tensor, y: Tensor, *, reduction: str = "mean", backend: str = "auto") -> Tensor:
+    r"""Chamfer distance: every point to its nearest on the other side, in both directions.
+
+    .. math::
+        \mathrm{CD}(x, y) = \frac1N \sum_i \min_j |x_i - y_j|^2
+                          + \frac1M \sum_j \min_i |x_i - y_j|^2
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        reduction: over clouds: "mean", "sum" or "none".
+        backend: see `fad_loss.ops`.
+
+    Returns:
+        A scalar, or `(B,)` for ``reduction="none"``; float32 for half precision.
+
+    Raises:
+        ValueError: an empty cloud, an unknown reduction, or what `fad_loss.ops.nearest` raises.
+        TypeError: see `fad_loss.ops.nearest`.
+
+    Source: Fan, Su and Guibas, "A point set generation network for 3D object reconstruction from a
+    single image", CVPR 2017.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> y = torch.tensor([[[0.0], [3.0]]])
+        >>> chamfer(x, y)
+        tensor(2.5000)
+    """
+    _check_sets(x, y)
+    forth, _ = ops.nearest(x, y, backend=backend)
+    back, _ = ops.nearest(y, x, backend=backend)
+    return _reduce(cloud_mean(forth) + cloud_mean(back), reduction)
+
+
+def energy(
+    x: Tensor, y: Tensor, *, unbiased: bool = False, reduction: str = "mean", backend: str = "auto"
+) -> Tensor:
+    r"""Energy distance: how much further apart the sets are than their own points.
+
+    .. math:: \mathrm{ED}(x, y) = 2\,E|x_i - y_j| - E|x_i - x_j| - E|y_i - y_j|
+
+    It is zero only for equal distributions, needs no bandwidth, and pulls from any distance. It is
+    `mmd` with the `fad_loss.ops.Energy` kernel.
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        unbiased: leave i = j out of the means within a set (which then can be negative).
+        reduction: over clouds: "mean", "sum" or "none".
+        backend: see `fad_loss.ops`.
+
+    Returns:
+        A scalar, or `(B,)` for ``reduction="none"``; float32 for half precision.
+
+    Raises:
+        ValueError: an empty cloud (or, if unbiased, one with a single point), an unknown reduction,
+            or what `fad_loss.ops.kernel_mean` raises.
+        TypeError: see `fad_loss.ops.kernel_mean`.
+
+    Source: Szekely and Rizzo, "Energy statistics", Journal of Statistical Planning and Inference 2013.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [2.0]]])
+        >>> y = torch.tensor([[[1.0], [1.0]]])
+        >>> energy(x, y)
+        tensor(1.)
+    """
+    return mmd(x, y, Energy(), unbiased=unbiased, reduction=reduction, backend=backend)
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    kernel: Kernel,
+    *,
+    unbiased: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Squared maximum mean discrepancy under a kernel.
+
+    .. math:: \mathrm{MMD}^2(x, y) = E\,k(x_i, x_j) + E\,k(y_i, y_j) - 2\,E\,k(x_i, y_j)
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        kernel: a kernel of `fad_loss.ops`, for example ``Gaussian([0.5, 1.0, 2.0])``.
+        unbiased: leave i = j out of the means within a set (the U-statistic).
+        reduction: over clouds: "mean", "sum" or "none".
+        backend: see `fad_loss.ops`.
+
+    Returns:
+        A scalar, or `(B,)` for ``reduction="none"``; float32 for half precision.
+
+    Raises:
+        ValueError: an empty cloud (or, if unbiased, one with a single point), an unknown reduction,
+            or what `fad_loss.ops.kernel_mean` raises.
+        TypeError: see `fad_loss.ops.kernel_mean`.
+
+    Source: Gretton et al., "A kernel two-sample test", JMLR 2012.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> mmd(x, x, ops.Gaussian(1.0))
+        tensor(0.)
+    """
+    _check_sets(x, y)
+    across = cloud_mean(ops.kernel_mean(x, y, kernel, backend=backend))
+    within = _within("x", x, kernel, unbiased, backend) + _within("y", y, kernel, unbiased, backend)
+    return _reduce(within - 2 * across, reduction)
+
+
+def _within(name: str, x: Tensor, kernel: Kernel, unbiased: bool, backend: str) -> Tensor:
+    """The mean of the kernel over all pairs of a set, (B,).
+
+    A point and itself are at distance 0 exactly, which only leaving them out of the sum guarantees.
+    """
+    lengths = cloud_lengths(x)
+    if unbiased and (bool((lengths < 2).any()) if look(lengths) else x.shape[1] == 1):
+        message = (
+            f"{name}: unbiased=True needs at least 2 points in every cloud, got {describe(x)}; "
+            "use unbiased=False"
+        )
+        raise ValueError(message)
+    others = cloud_mean(ops.kernel_mean(x, x, kernel, exclude_self=True, backend=backend))
+    if unbiased:
+        return others
+    itself = kernel(torch.zeros((), dtype=others.dtype, device=others.device))
+    return others + (itself - others) / lengths.to(others.dtype)
+
+
+def sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    *,
+    debiased: bool = True,
+    scaling: float = 0.5,
+    diameter: float | None = None,
+    max_iterations: int = 200,
+    tolerance: float | None = 1e-4,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Sinkhorn divergence: entropic optimal transport between the sets, debiased.
+
+    .. math::
+        S(x, y) = \mathrm{OT}(x, y) - \tfrac12 \mathrm{OT}(x, x) - \tfrac12 \mathrm{OT}(y, y),
+        \quad
+        \mathrm{OT}(x, y) = \min_\pi \sum_{ij} \pi_{ij} |x_i - y_j|^2
+            + \varepsilon\, \mathrm{KL}(\pi \,|\, a \otimes b)
+
+    with uniform a and b. Potentials are iterated from the squared diameter down to epsilon
+    (epsilon-scaling) and then until they change by less than the tolerance. The gradient is the
+    envelope theorem's, exact at convergence; a second derivative, for which it would be wrong, is
+    refused. The tolerance is looked at every ten iterations, which on a GPU synchronises; with
+    ``tolerance=None`` and a `diameter` nothing does.
+
+    Args:
+        x: clouds `(B, N, C)`, or ragged.
+        y: clouds `(B, M, C)`, or ragged.
+        epsilon: the temperature, in units of squared distance, > 0.
+        debiased: subtract the self-terms; without them it is :math:`\mathrm{OT}(x, y)`, which is not
+            0 for equal sets.
+        scaling: the factor by which the temperature's root falls per iteration, in (0, 1).
+        diameter: an upper bound on the distance between any two points; measured if None.
+        max_iterations: at the final temperature.
+        tolerance: relative to epsilon: stop when no potential changes by more. None: never look, and
+            run all `max_iterations`.
+        reduction: over clouds: "mean", "sum" or "none".
+        backend: see `fad_loss.ops`.
+
+    Returns:
+        A scalar, or `(B,)` for ``reduction="none"``; float32 for half precision.
+
+    Raises:
+        ValueError: an empty cloud, a number out of its range, an unknown reduction, or what
+            `fad_loss.ops.softmin` raises.
+        TypeError: see `fad_loss.ops.softmin`.
+        RuntimeError: on differentiating twice, or compiling without a `diameter` and with a
+            tolerance.
+
+    Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn
+    divergences", AISTATS 2019; Cuturi, "Sinkhorn distances", NeurIPS 2013.
+
+    Example:
+        >>> x = torch.tensor([[[0.0], [1.0]]])
+        >>> y = torch.tensor([[[1.0], [2.0]]])
+        >>> sinkhorn(x, y, 1e-3).round(decimals=2)
+        tensor(1.)
+    """
+    _check_sets(x, y)
+    _positive("epsilon", epsilon)
+    if not 0 < scaling < 1:
+        message = f"scaling: expected a number between 0 and 1, got {scaling!r}"
+        raise ValueError(message)
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int):
+        message = f"max_iterations: expected an int, got {type(max_iterations).__name__}"
+        raise TypeError(message)
+    if max_iterations < 1:
+        message = f"max_iterations: expected at least 1, got {max_iterations}"
+        raise ValueError(message)
+    if tolerance is not None:
+        _positive("tolerance", tolerance)
+    if torch.compiler.is_compiling() and (diameter is None or tolerance is not None):
+        message = (
+            "sinkhorn: under torch.compile nothing can be measured while running; pass diameter= "
+            "and tolerance=None"
+        )
+        raise RuntimeError(message)
+    choose("reduction", reduction, _REDUCTIONS)
+    with torch.no_grad():
+        widest = _diameter(x, y) if diameter is None else _positive("diameter", diameter)
+        schedule = _schedule(widest, epsilon, scaling)
+        solve = _Solver(schedule, epsilon, max_iterations, tolerance, backend)
+        f, g = solve.pair(x.detach(), y.detach())
+        f_own = solve.own(x.detach()) if debiased else None
+        g_own = solve.own(y.detach()) if debiased else None
+
+    # One more step carries the gradient: at the optimum the potentials do not depend on the points
+    # to first order. `_FirstOrder` refuses the second, where they do.
+    def extrapolate(of: Tensor, to: Tensor, potential: Tensor) -> Tensor:
+        log_b = per_point(-cloud_lengths(to).to(potential.dtype).log(), to)
+        potential, log_b = _cast(potential, to), _cast(log_b, to)
+        return cloud_mean(_once(ops.softmin(of, to, epsilon, potential, log_b, backend=backend)))
+
+    # <a, f> carries the gradient of x, <b, g> that of y.
+    total = extrapolate(x, y.detach(), g) + extrapolate(y, x.detach(), f)
+    if f_own is not None and g_own is not None:
+        own = extrapolate(x, x.detach(), f_own) + extrapolate(y, y.detach(), g_own)
+        total = total - own
+    return _reduce(total, reduction)
+
+
+def _cast(t: Tensor, like: Tensor) -> Tensor:
+    return t if t.dtype == like.dtype else t.to(like.dtype)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """The identity, whose gradient cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def _once(t: Tensor) -> Tensor:
+    once: Tensor
+    if is_ragged(t):
+        once = _FirstOrder.apply(pack(t)[0])
+        return unpack(once, t)
+    once = _FirstOrder.apply(t)
+    return once
+
+
+def _diameter(x: Tensor, y: Tensor) -> float:
+    """An upper bound on the distance of any two points of one cloud: the diagonal of all of them."""
+    points = torch.cat([(pack(t)[0] if is_ragged(t) else t).flatten(0, -2) for t in (x, y)])
+    return float((points.amax(0) - points.amin(0)).double().square().sum().sqrt())
+
+
+def _schedule(diameter: float, epsilon: float, scaling: float) -> list[float]:
+    """Temperatures from the squared diameter down to epsilon, exclusive."""
+    start = diameter * diameter
+    if start <= epsilon:
+        return []
+    steps = math.ceil(math.log(epsilon / start) / (2 * math.log(scaling)))
+    return [start * scaling ** (2 * step) for step in range(steps)]
+
+
+class _Solver:
+    """Iterates the potentials of one problem, symmetrically and damped by averaging.
+
+    Feydy et al. update both potentials from the same old pair and average with the old values:
+    unlike alternating updates this treats both sides alike, and it converges for self-terms.
+    """
+
+    def __init__(
+        self,
+        schedule: list[float],
+        epsilon: float,
+        max_iterations: int,
+        tolerance: float | None,
+        backend: str,
+    ) -> None:
+        self.temperatures = [*schedule, *[epsilon] * max_iterations]
+        self.warm, self.epsilon, self.tolerance = len(schedule), epsilon, tolerance
+        self.backend = backend
+
+    def _step(self, x: Tensor, y: Tensor, potential: Tensor | None, eps: float) -> Tensor:
+        counts = cloud_lengths(y).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        log_b = _cast(per_point(-counts.log(), y), y)
+        potential = None if potential is None else _cast(potential, y)
+        return ops.softmin(x, y, eps, potential, log_b, backend=self.backend)
+
+    def _converged(self, step: int, *changes: Tensor) -> bool:
+        since = step - self.warm
+        if self.tolerance is None or since < 0 or since % 10:
+            return False
+        largest = max(float(_values(change).abs().amax()) for change in changes)
+        return largest <= self.tolerance * self.epsilon
+
+    def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The potentials (of x, of y) of OT(x, y)."""
+        first = self.temperatures[0]
+        f, g = self._step(x, y, None, first), self._step(y, x, None, first)
+        for step, eps in enumerate(self.temperatures):
+            df = (self._step(x, y, g, eps) - f) / 2
+            dg = (self._step(y, x, f, eps) - g) / 2
+            f, g = f + df, g + dg
+            if self._converged(step, df, dg):
+                break
+        return f, g
+
+    def own(self, x: Tensor) -> Tensor:
+        """The potential of OT(x, x)."""
+        f = self._step(x, x, None, self.temperatures[0])
+        for step, eps in enumerate(self.temperatures):
+            df = (self._step(x, x, f, eps) - f) / 2
+            f = f + df
+            if self._converged(step, df):
+                break
+        return f
+
+
+def _values(t: Tensor) -> Tensor:
+    return pack(t)[0] if is_ragged(t) else t

@@ -1,0 +1,584 @@
+"""FeatureAdversarialLoss: the two players' losses in one scalar and one backward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fad_loss._checks import check_finite, choose, describe
+from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise, unpack, wrap
+from fad_loss.discriminators import (
+    CloudDiscriminator,
+    NeighborhoodDiscriminator,
+    PointDiscriminator,
+    TeacherDiscriminator,
+)
+from fad_loss.features import LAYOUTS, as_points
+from fad_loss.objectives import Objective, get_objective
+from fad_loss.penalties import lecam as lecam_penalty
+from fad_loss.penalties import penalized_scores
+
+__all__ = ["FeatureAdversarialLoss"]
+
+_DISCRIMINATORS: Final[dict[str, Callable[[int], nn.Module]]] = {
+    "teacher": lambda channels: TeacherDiscriminator(),  # noqa: ARG005
+    "point": PointDiscriminator,
+    "neighborhood": NeighborhoodDiscriminator,
+    "cloud": CloudDiscriminator,
+}
+_STATISTICS: Final = (
+    "student_loss",
+    "discriminator_loss",
+    "real_score",
+    "fake_score",
+    "accuracy",
+    "penalty",
+    "weight",
+    "non_finite",
+)
+# The teacher's statistics and LeCam's averages forget with these rates.
+_MOMENTUM: Final = 0.01
+_DECAY: Final = 0.99
+# A channel counts as varying by at least this share of the average channel: features of a dead unit
+# would otherwise be blown up without bound.
+_FLOOR: Final = 0.01
+
+
+class FeatureAdversarialLoss(nn.Module):
+    r"""Teach a student to produce features that the teacher's features take for their own.
+
+    .. math::
+        L = w\, L_S\bigl(D_{\bar\theta}(\hat s)\bigr)
+          + L_D\bigl(D_\theta(\hat t), D_\theta(\bar s)\bigr)
+
+    where :math:`\hat s` are the student's features (adapted to the teacher's channels and
+    standardised by the teacher's statistics), :math:`\hat t` the teacher's, D the discriminator, and
+    a bar stops the gradient. One ``backward`` therefore gives the student and the adapter the
+    gradient of the student's term alone, and the discriminator the gradient of its own loss alone.
+    The teacher never gets one. No second optimizer, no second backward: put ``fad.parameters()``
+    into the optimizer you have.
+
+    Features are compared as sets: point i of the student need not be point i of the teacher, and
+    their numbers of points may differ.
+
+    Args:
+        student_channels: C of the student's features.
+        teacher_channels: C of the teacher's features.
+        discriminator: "teacher" (no parameters: the teacher's features are the discriminator),
+            "point", "neighborhood", "cloud", or any module called as
+            ``discriminator(features, reference=..., labels=...)`` (those of the keywords that its
+            forward has) that returns one score per point or per cloud.
+        objective: "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic", or an
+            `fad_loss.objectives.Objective`.
+        weight: scales the student's term only.
+        adapter: "linear" (a linear layer from the student's channels to the teacher's), "identity",
+            or a module that maps `(..., student_channels)` to `(..., teacher_channels)`.
+        normalize: standardise both by running statistics of the teacher's features, channel by
+            channel. Scale would otherwise be a trivial cue.
+        warmup_steps: over so many training steps the student's weight rises linearly to `weight`,
+            while the discriminator already learns.
+        gradient_penalty: weight of R1 + R2 in the discriminator's loss.
+        penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
+        lecam: weight of the LeCam regulariser in the discriminator's loss.
+        layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
+
+    Shape:
+        student `(B, N, C_s)`, teacher `(B, M, C_t)`, in `layout`; or global features `(B, C)`,
+        where the batch is the set; or ragged clouds (`fad_loss.ragged`). labels `(B,)`, for
+        discriminators conditioned on them. Returns a scalar, float32 at least.
+
+    Raises:
+        ValueError: unknown names, numbers out of range, shapes, devices or batch sizes that do not
+            fit, a discriminator whose scores have another shape, or NaN or infinity in a CPU tensor.
+        TypeError: not floating-point tensors.
+
+    Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. The teacher's
+    statistics (and, for global features, the set) are then those of each rank. With `no_grad`, or
+    after ``.eval()``, the result is the student's term alone and nothing is updated.
+
+    Source: Lee and Wu, "Feature adversarial distillation for point cloud classification", ICIP 2023
+    (arXiv:2306.14221). Only its abstract was available: which reading of it this is, is said in the
+    documentation.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> fad = FeatureAdversarialLoss(student_channels=8, teacher_channels=16)
+        >>> student = torch.randn(2, 32, 8, requires_grad=True)
+        >>> loss = fad(student, torch.randn(2, 64, 16))
+        >>> loss.backward()
+        >>> loss.shape, student.grad.shape
+        (torch.Size([]), torch.Size([2, 32, 8]))
+    """
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        discriminator: str | nn.Module = "teacher",
+        objective: str | Objective = "hinge",
+        weight: float = 1.0,
+        adapter: str | nn.Module = "linear",
+        normalize: bool = True,
+        warmup_steps: int = 0,
+        gradient_penalty: float = 0.0,
+        penalty_every: int = 1,
+        lecam: float = 0.0,
+        layout: str = "bnc",
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.student_channels = _count("student_channels", student_channels, 1)
+        self.teacher_channels = _count("teacher_channels", teacher_channels, 1)
+        self.weight = _amount("weight", weight)
+        self.warmup_steps = _count("warmup_steps", warmup_steps, 0)
+        self.gradient_penalty = _amount("gradient_penalty", gradient_penalty)
+        self.penalty_every = _count("penalty_every", penalty_every, 1)
+        self.lecam = _amount("lecam", lecam)
+        self.normalize = normalize
+        choose("layout", layout, LAYOUTS)
+        self.layout = layout
+        self.objective = get_objective(objective)
+        self.adapter = self._make_adapter(adapter)
+        self.discriminator = self._make_discriminator(discriminator)
+        self._keywords = _accepted_keywords(self.discriminator)
+        for name, value in (("gradient_penalty", gradient_penalty), ("lecam", lecam)):
+            if value and not self._learns:
+                message = (
+                    f"{name}: {type(self.discriminator).__name__} has no trainable parameters to "
+                    f"regularise; set {name}=0 or take a discriminator that learns"
+                )
+                raise ValueError(message)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("teacher_mean", torch.zeros(teacher_channels))
+        self.register_buffer("teacher_variance", torch.ones(teacher_channels))
+        self.register_buffer("average_scores", torch.zeros(2))
+        self.register_buffer("_logged", torch.zeros(len(_STATISTICS)), persistent=False)
+        self._since_penalty = 0
+        self._made_with = self._fingerprint()
+        self.register_load_state_dict_post_hook(_remember_parameters)
+
+    steps: Tensor
+    batches: Tensor
+    teacher_mean: Tensor
+    teacher_variance: Tensor
+    average_scores: Tensor
+    _logged: Tensor
+
+    # ------------------------------------------------------------------------------ the losses
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The student's term plus the discriminator's loss; the student's alone in evaluation.
+
+        Args:
+            student: the student's features.
+            teacher: the teacher's features of the same clouds; detached if they require grad.
+            labels: class of each cloud, `(B,)`, for discriminators that are conditioned on it.
+
+        Returns:
+            A scalar; call `backward` on it once, with the loss of the task added or not.
+        """
+        fake, real = self._prepare(student, teacher)
+        student_term, fake_scores = self._student_term(fake, real, labels)
+        if not self._updating:
+            return student_term
+        discriminator_term = self._discriminator_term(fake.detach(), real, labels, fake_scores)
+        return student_term + discriminator_term
+
+    def student_loss(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The student's term alone, weighted: a gradient for the student and the adapter.
+
+        For loops with two optimizers. It advances the warm-up.
+        """
+        fake, real = self._prepare(student, teacher)
+        return self._student_term(fake, real, labels)[0]
+
+    def discriminator_loss(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """The discriminator's loss alone: a gradient for the discriminator.
+
+        For loops with two optimizers. It advances the penalty's and LeCam's state.
+        """
+        fake, real = self._prepare(student, teacher)
+        return self._discriminator_term(fake.detach(), real, labels, None)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What to log, as detached scalar tensors, of the latest step.
+
+        ``student_loss`` (unweighted), ``discriminator_loss``, ``real_score`` and ``fake_score``
+        (means), ``accuracy`` (the share of scores on the right side of the midpoint between the two
+        means: 0.5 means that the features cannot be told apart), ``penalty``, ``weight`` (with the
+        warm-up in it), ``non_finite`` (how many features were NaN or infinite), and
+        ``untrained_parameters``: how many of the loss's trainable parameters still hold the values
+        that they were made or loaded with. Once training runs it should be 0; if it is not, put
+        ``fad.parameters()`` into the optimizer.
+        """
+        values = dict(zip(_STATISTICS, self._logged.clone().unbind(), strict=True))
+        same = self._fingerprint() == self._made_with.to(self._logged.device)
+        values["untrained_parameters"] = same.sum()
+        return values
+
+    # --------------------------------------------------------------------------- the two terms
+
+    @property
+    def _updating(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    @property
+    def _learns(self) -> bool:
+        return any(p.requires_grad for p in self.discriminator.parameters())
+
+    def _student_term(
+        self, fake: Tensor, real: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The student against a discriminator that stands still."""
+        scores = self._score(fake, real, labels, frozen=True)
+        real_scores = None
+        if self.objective.needs_real:
+            with torch.no_grad():
+                real_scores = self._score(real, real, labels, student=fake.detach(), frozen=True)
+        loss = self.objective.student(scores, real_scores)
+        weight = torch.full((), self.weight, dtype=loss.dtype, device=loss.device)
+        if self.warmup_steps:
+            weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1).to(loss.dtype)
+        if self._updating:
+            self.steps.add_(1)
+        self._log(student_loss=loss, weight=weight, fake_score=cloud_mean(scores).mean())
+        return weight * loss, scores.detach()
+
+    def _discriminator_term(
+        self, fake: Tensor, real: Tensor, labels: Tensor | None, fake_scores: Tensor | None
+    ) -> Tensor:
+        """The discriminator against features that stand still."""
+        if self._learns:
+            real_scores, fake_scores, penalty = self._pair_scores(fake, real, labels)
+        else:
+            # Nothing learns: the scores of the student's term are as good as new ones.
+            with torch.no_grad():
+                if fake_scores is None:
+                    fake_scores = self._score(fake, real, labels)
+                real_scores = self._score(real, real, labels, student=fake)
+            penalty = None
+        loss = self.objective.discriminator(real_scores, fake_scores)
+        with torch.no_grad():
+            means = torch.stack([cloud_mean(s).mean() for s in (real_scores, fake_scores)])
+            middle = means.mean()
+            right = torch.cat([_flat(real_scores) > middle, _flat(fake_scores) < middle])
+        self._log(
+            discriminator_loss=loss,
+            real_score=means[0],
+            fake_score=means[1],
+            accuracy=right.to(means.dtype).mean(),
+        )
+        if penalty is not None:
+            loss = loss + self.gradient_penalty * self.penalty_every * penalty
+            self._log(penalty=penalty)
+        if self.lecam:
+            loss = loss + self.lecam * lecam_penalty(real_scores, fake_scores, *self.average_scores)
+            if self._updating:
+                self.average_scores.lerp_(means.to(self.average_scores.dtype), 1 - _DECAY)
+        return loss
+
+    def _pair_scores(
+        self, fake: Tensor, real: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scores of real and fake features, in one call where their shapes allow, and the penalty."""
+        penalise = False
+        if self.gradient_penalty:
+            penalise = self.penalty_every == 1 or self._since_penalty == 0
+            if self._updating and self.penalty_every > 1:
+                self._since_penalty = (self._since_penalty + 1) % self.penalty_every
+
+        def scored(
+            features: Tensor, reference: Tensor, labels: Tensor | None, student: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
+            # The penalty needs features as a leaf, and "the reference itself" must stay itself.
+            def score(leaf: Tensor) -> Tensor:
+                to = leaf if features is reference else reference
+                return self._score(leaf, to, labels, student=student)
+
+            return penalized_scores(score, features) if penalise else (score(features), None)
+
+        together = is_ragged(real) or (real.shape == fake.shape)
+        if together and "student" not in self._keywords:
+            both, twice = _concatenate(real, fake), _concatenate(real, real)
+            labels = None if labels is None else torch.cat([labels, labels])
+            scores, penalty = scored(both, twice, labels, None)
+            real_scores, fake_scores = _split(scores, real, fake)
+            return real_scores, fake_scores, None if penalty is None else 2 * penalty
+        real_scores, r1 = scored(real, real, labels, fake)
+        fake_scores, r2 = scored(fake, real, labels, None)
+        penalty = None if r1 is None or r2 is None else r1 + r2
+        return real_scores, fake_scores, penalty
+
+    def _score(
+        self,
+        features: Tensor,
+        reference: Tensor,
+        labels: Tensor | None,
+        *,
+        student: Tensor | None = None,
+        frozen: bool = False,
+    ) -> Tensor:
+        """Call the discriminator with what it accepts, and check what it returns."""
+        keywords: dict[str, Tensor | None] = {
+            "reference": reference,
+            "labels": labels,
+            "student": student,
+        }
+        accepted = {name: keywords[name] for name in self._keywords}
+        scores: Tensor
+        if frozen:
+            # Copies of the buffers: a spectral norm's power iteration must not run twice a step.
+            state = {n: p.detach() for n, p in self.discriminator.named_parameters()}
+            state.update((n, b.clone()) for n, b in self.discriminator.named_buffers())
+            scores = functional_call(self.discriminator, state, (features,), accepted)
+        else:
+            scores = self.discriminator(features, **accepted)
+        self._check_scores(scores, features)
+        return scores
+
+    def _check_scores(self, scores: object, features: Tensor) -> None:
+        fits = False
+        if isinstance(scores, Tensor):
+            if is_ragged(features) and is_ragged(scores):
+                fits = pack(scores)[0].shape == pack(features)[0].shape[:1]
+            elif not is_ragged(scores):
+                per_point = not is_ragged(features) and scores.shape == features.shape[:2]
+                fits = per_point or scores.shape == features.shape[:1]
+        if not fits:
+            message = (
+                f"discriminator: expected {type(self.discriminator).__name__} to return one score "
+                f"per point, (B, N), or per cloud, (B,), got {describe(scores)} for features "
+                f"{describe(features)}; squeeze a trailing axis of size 1, for example"
+            )
+            raise ValueError(message)
+
+    # ------------------------------------------------------------------------------- features
+
+    def _prepare(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Validate, adapt and standardise: both `(B, N, teacher_channels)` or ragged."""
+        fake = as_points(student, self.layout, "student")
+        real = as_points(teacher, self.layout, "teacher").detach()
+        self._check_features(fake, real, student, teacher)
+        fake = pointwise(self._adapt, fake)
+        dtype = torch.promote_types(fake.dtype, real.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        fake, real = fake.to(dtype), real.to(dtype)
+        with torch.no_grad():
+            bad = sum((~torch.isfinite(_flat(t))).sum() for t in (fake, real))
+            self._log(non_finite=bad.to(self._logged.dtype))  # type: ignore[union-attr]
+        if not self.normalize:
+            return fake, real
+        if self._updating:
+            self._observe(real)
+        variance = self.teacher_variance
+        floor = _FLOOR * variance.mean()
+        scale = torch.where(floor > 0, variance + floor, 1.0).rsqrt().to(dtype)
+        mean = self.teacher_mean.to(dtype)
+
+        def standardise(values: Tensor) -> Tensor:
+            return (values - mean) * scale
+
+        return pointwise(standardise, fake), pointwise(standardise, real)
+
+    def _check_features(
+        self, fake: Tensor, real: Tensor, student: Tensor, teacher: Tensor
+    ) -> None:
+        for name, t, given, channels in (
+            ("student", fake, student, self.student_channels),
+            ("teacher", real, teacher, self.teacher_channels),
+        ):
+            if t.shape[-1] != channels:
+                other = "bcn" if self.layout == "bnc" else "bnc"
+                hint = f"{name}_channels={t.shape[-1]}"
+                if t.dim() == 3 and t.shape[1] == channels and not is_ragged(t):
+                    hint = f"layout={other!r} (the channels seem to be in the other place)"
+                message = (
+                    f"{name}: expected {channels} channels ({name}_channels) for layout "
+                    f"{self.layout!r}, got {describe(given)}; make the loss with {hint}, or pass "
+                    "the features of another layer"
+                )
+                raise ValueError(message)
+        if fake.shape[0] != real.shape[0]:
+            message = (
+                "student and teacher: expected the same number of clouds B, got "
+                f"{describe(student)} and {describe(teacher)}; feed both the same batch"
+            )
+            raise ValueError(message)
+        if is_ragged(fake) != is_ragged(real):
+            message = (
+                "student and teacher: expected both ragged or both not, got "
+                f"{describe(student)} and {describe(teacher)}; wrap the other one in fad_loss.ragged"
+            )
+            raise ValueError(message)
+        if fake.device != real.device:
+            message = (
+                f"student and teacher: expected one device, got {describe(student)} and "
+                f"{describe(teacher)}; move one with .to(device)"
+            )
+            raise ValueError(message)
+        if self._logged.device != fake.device:
+            message = (
+                f"student: expected the device of the loss, {self._logged.device}, got "
+                f"{describe(student)}; move the loss with fad.to({str(fake.device)!r})"
+            )
+            raise ValueError(message)
+        for name, t in (("student", fake), ("teacher", real)):
+            check_finite(name, _flat(t))
+
+    def _adapt(self, values: Tensor) -> Tensor:
+        first = next(self.adapter.parameters(), None)
+        # Half-precision features meet a float32 adapter outside autocast too.
+        adapted: Tensor = self.adapter(values if first is None else values.to(first.dtype))
+        expected = (*values.shape[:-1], self.teacher_channels)
+        if adapted.shape != expected:
+            message = (
+                f"adapter: expected it to map channels-last features to the teacher's "
+                f"{self.teacher_channels} channels, got {describe(adapted)} from {describe(values)}"
+            )
+            raise ValueError(message)
+        return adapted
+
+    @torch.no_grad()
+    def _observe(self, real: Tensor) -> None:
+        """Follow the mean and variance of the teacher's channels; exactly the mean at first."""
+        values = _flat(real).to(self.teacher_mean.dtype)
+        variance, mean = torch.var_mean(values, dim=0, correction=0)
+        self.batches.add_(1)
+        rate = (1 / self.batches).clamp(min=_MOMENTUM).to(mean.dtype)
+        # The spread of the means between batches belongs to the variance.
+        shift = mean - self.teacher_mean
+        within = torch.lerp(self.teacher_variance, variance, rate)
+        self.teacher_variance.copy_(within + rate * (1 - rate) * shift.square())
+        self.teacher_mean.lerp_(mean, rate)
+
+    # ----------------------------------------------------------------------------------- parts
+
+    def _make_adapter(self, adapter: str | nn.Module) -> nn.Module:
+        if isinstance(adapter, nn.Module):
+            return adapter
+        if adapter == "identity" and self.student_channels != self.teacher_channels:
+            message = (
+                f'adapter: "identity" needs as many student as teacher channels, got '
+                f"{self.student_channels} and {self.teacher_channels}; use \"linear\""
+            )
+            raise ValueError(message)
+        make: Callable[[], nn.Module] = choose(
+            "adapter",
+            adapter,
+            {
+                "linear": lambda: nn.Linear(self.student_channels, self.teacher_channels),
+                "identity": nn.Identity,
+            },
+        )
+        return make()
+
+    def _make_discriminator(self, discriminator: str | nn.Module) -> nn.Module:
+        if isinstance(discriminator, nn.Module):
+            return discriminator
+        if discriminator == "head":
+            message = (
+                'discriminator: "head" needs the teacher\'s own layers; pass '
+                "fad_loss.HeadDiscriminator(teacher.classifier), say"
+            )
+            raise ValueError(message)
+        return choose("discriminator", discriminator, _DISCRIMINATORS)(self.teacher_channels)
+
+    @torch.no_grad()
+    def _log(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._logged[_STATISTICS.index(name)] = value.detach().to(self._logged.dtype)
+
+    @torch.no_grad()
+    def _fingerprint(self) -> Tensor:
+        """A number for each trainable parameter, which changes when it is trained."""
+        wide = [p.detach().double() for p in self.parameters() if p.requires_grad]
+        # Weighted by position, so that a change that keeps the sum shows as well.
+        sums = [(p.flatten() * torch.arange(1, p.numel() + 1, device=p.device)).sum() for p in wide]
+        return torch.stack(sums) if sums else torch.zeros(0, device=self._logged.device)
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Where the lazy penalty is in its cycle."""
+        return {"since_penalty": self._since_penalty}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take up the lazy penalty's cycle."""
+        self._since_penalty = state["since_penalty"]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(fad)``."""
+        return f"objective={self.objective}, weight={self.weight}, layout={self.layout!r}"
+
+
+def _remember_parameters(loss: FeatureAdversarialLoss, _: object) -> None:
+    """After loading, trained means different from what was loaded."""
+    loss._made_with = loss._fingerprint()
+
+
+def _count(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        message = f"{name}: expected an int, got {type(value).__name__} {value!r}"
+        raise TypeError(message)
+    if value < least:
+        message = f"{name}: expected at least {least}, got {value}"
+        raise ValueError(message)
+    return value
+
+
+def _amount(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        message = f"{name}: expected a number, got {type(value).__name__} {value!r}"
+        raise TypeError(message)
+    if not 0 <= value < float("inf"):
+        message = f"{name}: expected a finite number of at least 0, got {value!r}"
+        raise ValueError(message)
+    return float(value)
+
+
+def _accepted_keywords(discriminator: nn.Module) -> tuple[str, ...]:
+    """Which of reference, labels and student the discriminator's forward takes."""
+    parameters = inspect.signature(discriminator.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return ("reference", "labels")
+    return tuple(name for name in ("reference", "labels", "student") if name in parameters)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """All points of all clouds: `(points, C)`, or `(points,)` for scores."""
+    if is_ragged(t):
+        return pack(t)[0]
+    return t.flatten(0, 1) if t.dim() > 1 else t
+
+
+def _concatenate(a: Tensor, b: Tensor) -> Tensor:
+    """The clouds of both, one batch after the other."""
+    if not is_ragged(a):
+        return torch.cat([a, b])
+    (a_values, a_offsets), (b_values, b_offsets) = pack(a), pack(b)
+    offsets = torch.cat([a_offsets, b_offsets[1:] + a_offsets[-1]])
+    shortest = [t._maybe_min_seqlen for t in (a, b)]  # type: ignore[attr-defined]
+    longest = [t._maybe_max_seqlen for t in (a, b)]  # type: ignore[attr-defined]
+    return wrap(
+        torch.cat([a_values, b_values]),
+        offsets,
+        None if None in shortest else min(shortest),
+        None if None in longest else max(longest),
+    )
+
+
+def _split(scores: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `_concatenate` on scores."""
+    if not is_ragged(scores):
+        first, second = scores.split([a.shape[0], b.shape[0]])
+        return first, second
+    values, _ = pack(scores)
+    first, second = values.split([pack(a)[0].shape[0], pack(b)[0].shape[0]])
+    return unpack(first, a), unpack(second, b)
