@@ -52,7 +52,7 @@ wheel: $(VENV)/.with-dev
 	$(BIN)/python -m build
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python $(PIP_INSTALL) dist/*.whl
-	cd / && $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/tests/check_wheel.py
+	cd / && $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/.ci/check_wheel.py
 	rm -rf build/wheel
 
 docs: $(VENV)/.with-docs

@@ -1,0 +1,85 @@
+"""Sphinx: nitpicky, and offline. `make docs` builds it with warnings as errors."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import fad_loss
+
+HERE = Path(__file__).parent
+
+project = "fad_loss"
+author = "The fad_loss developers"
+project_copyright = f"2026, {author}"
+version = release = fad_loss.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+default_role = "literal"
+
+html_theme = "furo"
+html_title = f"fad_loss {release}"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Shape", "notes_style"), ("Source", "notes_style")]
+
+nitpicky = True
+nitpick_ignore: list[tuple[str, str]] = []
+
+# Links to the documentation of Python and PyTorch, without fetching their inventories: the build
+# needs no network, and a name that is not listed here is an error instead of a dead link.
+_ABC = "library/collections.abc.html#collections.abc"
+_MODULE = "generated/torch.nn.Module.html#torch.nn.Module"
+LINKED = {
+    "python": (
+        "https://docs.python.org/3/",
+        {
+            "collections.abc.Callable": ("class", f"{_ABC}.Callable"),
+            "collections.abc.Iterable": ("class", f"{_ABC}.Iterable"),
+            "collections.abc.Mapping": ("class", f"{_ABC}.Mapping"),
+            "collections.abc.Sequence": ("class", f"{_ABC}.Sequence"),
+        },
+    ),
+    "torch": (
+        "https://docs.pytorch.org/docs/stable/",
+        {
+            "torch.Tensor": ("class", "tensors.html#torch.Tensor"),
+            "torch.nn.modules.module.Module": ("class", _MODULE),
+        },
+    ),
+}
+
+
+def _inventory(name: str, objects: dict[str, tuple[str, str]]) -> str:
+    """Write ``{object: (role, page)}`` in Sphinx's inventory format and return where."""
+    path = HERE / "_build" / "inventories" / f"{name}.inv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n"
+    head += "# The remainder of this file is compressed using zlib.\n"
+    lines = "".join(f"{key} py:{role} 1 {page} -\n" for key, (role, page) in objects.items())
+    path.write_bytes(head.encode() + zlib.compress(lines.encode()))
+    return str(path.relative_to(HERE))
+
+
+intersphinx_mapping = {
+    name: (address, _inventory(name, objects)) for name, (address, objects) in LINKED.items()
+}
