@@ -85,6 +85,10 @@ class FeatureAdversarialLoss(nn.Module):
         gradient_penalty: weight of R1 + R2 in the discriminator's loss.
         penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
         lecam: weight of the LeCam regulariser in the discriminator's loss.
+        max_points: in training, compare at most so many points of each cloud, drawn anew at every
+            step (of the student and of the teacher independently); None compares all. The cost of
+            comparing grows with its square. Ragged clouds, and all clouds in evaluation, are
+            compared whole.
         layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
 
     Shape:
@@ -129,6 +133,7 @@ class FeatureAdversarialLoss(nn.Module):
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
+        max_points: int | None = 256,
         layout: str = "bnc",
     ) -> None:
         """See the class."""
@@ -140,6 +145,7 @@ class FeatureAdversarialLoss(nn.Module):
         self.gradient_penalty = _amount("gradient_penalty", gradient_penalty)
         self.penalty_every = _count("penalty_every", penalty_every, 1)
         self.lecam = _amount("lecam", lecam)
+        self.max_points = None if max_points is None else _count("max_points", max_points, 2)
         self.normalize = normalize
         choose("layout", layout, LAYOUTS)
         self.layout = layout
@@ -368,6 +374,7 @@ class FeatureAdversarialLoss(nn.Module):
         fake = as_points(student, self.layout, "student")
         real = as_points(teacher, self.layout, "teacher").detach()
         self._check_features(fake, real, student, teacher)
+        fake, real = self._draw(fake), self._draw(real)
         fake = pointwise(self._adapt, fake)
         dtype = torch.promote_types(fake.dtype, real.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
@@ -433,6 +440,15 @@ class FeatureAdversarialLoss(nn.Module):
             raise ValueError(message)
         for name, t in (("student", fake), ("teacher", real)):
             check_finite(name, _flat(t))
+
+    def _draw(self, points: Tensor) -> Tensor:
+        """At most `max_points` points of each cloud, a new random choice at every training step."""
+        limit = self.max_points
+        if limit is None or not self.training or is_ragged(points) or points.shape[1] <= limit:
+            return points
+        keys = torch.rand(points.shape[:2], device=points.device)
+        chosen = keys.topk(limit, dim=1, sorted=False).indices
+        return points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
 
     def _adapt(self, values: Tensor) -> Tensor:
         first = next(self.adapter.parameters(), None)
