@@ -1,8 +1,8 @@
 r"""How much of the teacher's knowledge arrived in the student, and how much was lost on the way.
 
-Nothing here has a gradient; these are numbers to report. Computed in float64 (float32 where a
-device has no float64), they are never NaN: what a constant, collapsed network scores is stated for
-each.
+Nothing here has a gradient; these are numbers to report. They are never NaN: what a constant,
+collapsed network scores is stated for each. Sums are taken in float64 (float32 where a device has
+none), distances in the features' own precision.
 
 **What is compared with what.** Features come as ``(n, C)``, one row per cloud (global features);
 or per point, ``(B, N, C)`` or ragged. Point i of the student need not be point i of the teacher, so
@@ -25,6 +25,7 @@ from fad_loss._ragged import (
     cloud_index,
     cloud_lengths,
     cloud_mean,
+    cloud_sum,
     is_ragged,
     pack,
     pointwise,
@@ -44,6 +45,12 @@ def _accurate(x: Tensor) -> Tensor:
     return x.detach().to(dtype)
 
 
+def _promoted(x: Tensor) -> Tensor:
+    """To float32 at least: enough for distances, which are exact in whatever comes in."""
+    x = x.detach()
+    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+
+
 def _rows(name: str, x: Tensor, paired: bool) -> Tensor:
     """One row per item to compare, ``(n, C)``."""
     check_tensor(name, x)
@@ -53,6 +60,7 @@ def _rows(name: str, x: Tensor, paired: bool) -> Tensor:
     else:
         points = as_points(x, name=name).detach()
         if not paired:
+            _check_filled(name, points)
             rows = cloud_mean(pointwise(_accurate, points))
         elif is_ragged(points):
             rows = pack(points)[0]
@@ -62,6 +70,14 @@ def _rows(name: str, x: Tensor, paired: bool) -> Tensor:
         message = f"{name}: expected at least one channel, got {describe(x)}"
         raise ValueError(message)
     return _accurate(rows)
+
+
+def _check_filled(name: str, points: Tensor) -> None:
+    if is_ragged(points) and look(pack(points)[1]):
+        empty = (cloud_lengths(points) == 0).nonzero().flatten().tolist()
+        if empty:
+            message = f"{name}: expected no empty clouds, which have no mean, got {empty} empty"
+            raise ValueError(message)
 
 
 def _row_pair(
@@ -200,7 +216,10 @@ def neighbor_agreement(
         first, second = _paired_clouds(x, y)
     else:
         rows = _row_pair(("x", "y"), x, y, paired=False, least=2)
-        first, second = rows[0].unsqueeze(0), rows[1].unsqueeze(0)
+        first, second = (
+            row.unsqueeze(0).to(torch.promote_types(given.dtype, torch.float32))
+            for row, given in zip(rows, (x, y), strict=True)
+        )
     if not is_ragged(first):
         others = first.shape[1] - 1
         if k > others or (adjusted and k == others):
@@ -239,7 +258,7 @@ def _paired_clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for name, features in (("x", x), ("y", y)):
         check_tensor(name, features)
         check_finite(name, pack(features)[0] if is_ragged(features) else features)
-        clouds.append(pointwise(_accurate, as_points(features, name=name)))
+        clouds.append(pointwise(_promoted, as_points(features, name=name)))
     first, second = clouds
     if is_ragged(first) and is_ragged(second) and first.shape[0] == second.shape[0]:
         ends, other_ends = pack(first)[1], pack(second)[1]
@@ -263,7 +282,7 @@ def _others(clouds: Tensor) -> Tensor:
     """How many other points there are in the cloud of each point, packed ``(T,)`` or ``(B, N)``."""
     lengths = cloud_lengths(clouds)
     lengths = lengths[cloud_index(clouds)] if is_ragged(clouds) else lengths.unsqueeze(1)
-    others = lengths.to(clouds.dtype) - 1
+    others = _accurate(lengths) - 1
     return others if is_ragged(clouds) else others.expand(-1, clouds.shape[1])
 
 
@@ -279,16 +298,12 @@ def _overlap(first: Tensor, second: Tensor) -> Tensor:
 
 def _is_constant(clouds: Tensor) -> Tensor:
     """For every point, whether all points of its cloud are the same."""
-    if is_ragged(clouds):
-        values, index = pack(clouds)[0], cloud_index(clouds)
-        deviation = values - cloud_mean(clouds)[index]
-        spread = cloud_mean(unpack(deviation.square().sum(-1), clouds))[index]
-        size = cloud_mean(unpack(values.square().sum(-1), clouds))[index]
-    else:
-        deviation = clouds - clouds.mean(1, keepdim=True)
-        spread = deviation.square().sum((1, 2)).unsqueeze(1)
-        size = clouds.square().sum((1, 2)).unsqueeze(1)
-    return spread <= _CONSTANT**2 * size
+    if not is_ragged(clouds):
+        return (clouds == clouds[:, :1]).all(-1).all(1, keepdim=True)
+    values, offsets = pack(clouds)
+    index = cloud_index(clouds)
+    differs = (values != values[offsets[index]]).any(-1)
+    return cloud_sum(unpack(_accurate(differs), clouds))[index] == 0
 
 
 @torch.no_grad()
@@ -360,7 +375,7 @@ _Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def _sinkhorn(x: Tensor, y: Tensor) -> Tensor:
-    return distances.sinkhorn(x, y, 0.05)
+    return distances.sinkhorn(x, y, 0.05, tolerance=1e-2)
 
 
 _DISTANCES: Mapping[str, _Distance] = {
@@ -403,7 +418,7 @@ def set_distances(
     Example:
         >>> teacher = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [4.0, 3.0]]])
         >>> set_distances(teacher.flip(1), teacher)["chamfer"]
-        tensor(0., dtype=torch.float64)
+        tensor(0.)
         >>> round(float(set_distances(teacher.mean(1, keepdim=True), teacher)["energy"]), 6)
         1.0
     """
@@ -413,7 +428,9 @@ def set_distances(
     for name, features in (("student", student), ("teacher", teacher)):
         check_tensor(name, features)
         check_finite(name, pack(features)[0] if is_ragged(features) else features)
-        pair.append(pointwise(_accurate, as_points(features, name=name)))
+        pair.append(pointwise(_promoted, as_points(features, name=name)))
+    if pair[0].dtype != pair[1].dtype:
+        pair = [pointwise(_accurate, cloud) for cloud in pair]
     if pair[0].shape[0] != pair[1].shape[0] or pair[0].shape[-1] != pair[1].shape[-1]:
         message = (
             "student, teacher: expected the same number of clouds and channels, got "
@@ -421,12 +438,16 @@ def set_distances(
             "example with fad.adapter"
         )
         raise ValueError(message)
-    values = pack(pair[1])[0] if is_ragged(pair[1]) else pair[1].flatten(0, 1)
+    values = _accurate(pack(pair[1])[0] if is_ragged(pair[1]) else pair[1].flatten(0, 1))
     center = values.mean(0)
-    spread = (values - center).square().sum(1).mean().sqrt()
+    spread = (values - center).square().sum(1).mean()
+    constant = spread <= _CONSTANT**2 * values.square().sum(1).mean()
+    center = torch.where(constant, values[0], center)
     # A distance of 1 is then the teacher's spread, and epsilon a plain number.
-    scale = torch.where(spread > 0, spread, 1.0)
-    x, y = (pointwise(lambda z: (z - center) / scale, cloud) for cloud in pair)
+    scale = torch.where(constant, 1.0, spread.sqrt())
+    x, y = (
+        pointwise(lambda z: ((_accurate(z) - center) / scale).to(z.dtype), cloud) for cloud in pair
+    )
     x, y = _alike(x, y)
     nothing = _origin(y)
     result = {}
