@@ -30,9 +30,16 @@ def _implementation(backend: str) -> Any:
 
 def _register(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(
-            f"fad_loss::{name}", function, mutates_args=(), schema=schema
-        )
+        def run(*args: Any) -> Any:
+            # Autocast would reach the matrix products in here and round distances to bfloat16:
+            # wrong neighbors. Each operator chooses its precision itself, by the dtype of x.
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return function(*args)
+            with torch.autocast(device, enabled=False):
+                return function(*args)
+
+        op = torch.library.custom_op(f"fad_loss::{name}", run, mutates_args=(), schema=schema)
         op.register_vmap(_over_batch(op))
         return op
 
