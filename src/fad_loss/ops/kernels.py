@@ -21,6 +21,8 @@ class Kernel(ABC):
     """A function of the squared distance between two points."""
 
     name: str
+    rough = False
+    """Whether it has a kink at d = 0, where points coincide."""
 
     @abstractmethod
     def __call__(self, d: Tensor) -> Tensor:
@@ -148,6 +150,7 @@ class Laplacian(Kernel):
 
     bandwidth: float
     name = "laplacian"
+    rough = True
 
     def __init__(self, bandwidth: float) -> None:
         """Accept one bandwidth."""
@@ -193,6 +196,7 @@ class Energy(Kernel):
     """
 
     name = "energy"
+    rough = True
 
     def __call__(self, d: Tensor) -> Tensor:
         """Value at the squared distance `d`, element-wise."""

@@ -24,6 +24,7 @@ from fad_loss.ops._tiled.tiles import (
     direct_distances,
     groups,
     own_pairs,
+    rounding_unit,
     steps,
     tile_size,
 )
@@ -72,14 +73,6 @@ def _full_precision(t: Tensor) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _unit(t: Tensor) -> float:
-    """Half the distance between 1 and the next number that the matrix product distinguishes."""
-    if t.dtype == torch.float64:
-        return 2.0**-53
-    coarse = {"high": 2.0**-11, "medium": 2.0**-8}
-    return coarse.get(torch.get_float32_matmul_precision(), 2.0**-24)
-
-
 class _Screened(NamedTuple):
     """The k best of a tile of rows by score; every other score is at least `following`."""
 
@@ -109,7 +102,7 @@ class _Search:
         self.k, self.exclude_self, self.size = k, exclude_self, y.shape[1]
         self.direct = x.shape[-1] <= DIRECT_CHANNELS
         # Rounding of a sum of C products grows like the root of C in practice; 4 is the margin.
-        self.error = (8 + 4 * x.shape[-1] ** 0.5) * _unit(self.x)
+        self.error = (8 + 4 * x.shape[-1] ** 0.5) * rounding_unit(self.x)
         # Points are added to fill the last fold; their score is infinite.
         filling = -self.size % FOLD
         if self.direct:

@@ -66,7 +66,8 @@ def _wide(t: Tensor) -> Tensor:
 def _like(t: Tensor, *, wanted: bool = True) -> Tensor:
     """A zero accumulator for a gradient of `t`, or an empty one if nobody wants it."""
     dtype = accumulation_dtype(t.dtype)
-    return torch.zeros_like(t, dtype=dtype) if wanted else t.new_empty(0, dtype=dtype)
+    # Contiguous whatever the strides of `t`, as the operators' fake implementations promise.
+    return t.new_zeros(t.shape if wanted else 0, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------- kernel_sum
@@ -84,7 +85,7 @@ def kernel_sum(
     """Sum over j of w_j k(d_ij)."""
     total = _like(x[..., 0])
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
         w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-1)
         out = group.of_x(total)
         for rows, columns in clouds:
@@ -110,7 +111,7 @@ def kernel_sum_backward(
     """Gradients by x, y and the weights."""
     grads = _like(x), _like(y, wanted=of_y), _like(y[..., 0], wanted=of_weights)
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
         g = group.of_x(grad).unsqueeze(-1)
         w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
         sums = _Sums(clouds, of_y=of_y)
@@ -149,7 +150,7 @@ def kernel_sum_double_backward(
     """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y and the weights."""
     grads = _like(grad), _like(x), _like(y), _like(y[..., 0])
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
         gu = _wide(group.of_x(u))
         gv = None if v is None else _wide(group.of_y(v))
         gt = None if t is None else _wide(group.of_y(t)).unsqueeze(-2)
