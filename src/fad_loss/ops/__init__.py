@@ -141,9 +141,26 @@ def _check_pair(x: Tensor, y: Tensor, *, exclude_self: bool) -> _Pair:
         if x.shape != y.shape:
             message = f"exclude_self: expected x and y to be the same points, but {came()}"
             raise ValueError(message)
-    check_finite("x", x)
-    check_finite("y", y)
+    for name, t in (("x", x), ("y", y)):
+        _check_range(name, t)
     return _Pair(x, y, x_offsets, y_offsets, ragged_x)
+
+
+def _check_range(name: str, t: Tensor) -> None:
+    """Raise if values that may be looked at are not finite, or so large that distances overflow."""
+    if not look(t) or t.numel() == 0:
+        return
+    # |x - y|^2 is at most 4 C times the largest square; another 4 is room for sums of products.
+    limit = (torch.finfo(_dense.accumulation_dtype(t.dtype)).max / (16 * t.shape[-1])) ** 0.5
+    low, high = t.detach().aminmax()
+    if -limit <= float(low) and float(high) <= limit:
+        return
+    check_finite(name, t)
+    message = (
+        f"{name}: expected magnitudes of at most {limit:.1e}, so that squared distances do not "
+        f"overflow, got {max(-float(low), float(high)):.1e} ({describe(t)}); normalize the features"
+    )
+    raise ValueError(message)
 
 
 def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
