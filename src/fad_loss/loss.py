@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from fad_loss._checks import check_finite, choose, describe
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise, unpack, wrap
@@ -22,6 +23,9 @@ from fad_loss.features import LAYOUTS, as_points
 from fad_loss.objectives import Objective, get_objective
 from fad_loss.penalties import lecam as lecam_penalty
 from fad_loss.penalties import penalized_scores
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FeatureAdversarialLoss"]
 
@@ -57,8 +61,8 @@ class FeatureAdversarialLoss(nn.Module):
           + L_D\bigl(D_\theta(\hat t), D_\theta(\bar s)\bigr)
 
     where :math:`\hat s` are the student's features (adapted to the teacher's channels and
-    standardised by the teacher's statistics), :math:`\hat t` the teacher's, D the discriminator, and
-    a bar stops the gradient. One ``backward`` therefore gives the student and the adapter the
+    standardised by the teacher's statistics), :math:`\hat t` the teacher's, D the discriminator,
+    and a bar stops the gradient. One ``backward`` therefore gives the student and the adapter the
     gradient of the student's term alone, and the discriminator the gradient of its own loss alone.
     The teacher never gets one. No second optimizer, no second backward: put ``fad.parameters()``
     into the optimizer you have.
@@ -98,12 +102,15 @@ class FeatureAdversarialLoss(nn.Module):
 
     Raises:
         ValueError: unknown names, numbers out of range, shapes, devices or batch sizes that do not
-            fit, a discriminator whose scores have another shape, or NaN or infinity in a CPU tensor.
+            fit, a discriminator whose scores have another shape or that takes features as they are
+            (``normalize=False``), or NaN or infinity in a CPU tensor.
         TypeError: not floating-point tensors.
 
-    Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. The teacher's
-    statistics (and, for global features, the set) are then those of each rank. With `no_grad`, or
-    after ``.eval()``, the result is the student's term alone and nothing is updated.
+    Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
+    then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated
+    with its own batch; and the set that global features are compared as is the rank's own batch.
+    With `no_grad`, or after ``.eval()``, the result is the student's term alone and nothing is
+    updated.
 
     Source: Lee and Wu, "Feature adversarial distillation for point cloud classification", ICIP 2023
     (arXiv:2306.14221). Only its abstract was available: which reading of it this is, is said in the
@@ -133,7 +140,7 @@ class FeatureAdversarialLoss(nn.Module):
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
-        max_points: int | None = 256,
+        max_points: int | None = 128,
         layout: str = "bnc",
     ) -> None:
         """See the class."""
@@ -153,6 +160,12 @@ class FeatureAdversarialLoss(nn.Module):
         self.adapter = self._make_adapter(adapter)
         self.discriminator = self._make_discriminator(discriminator)
         self._keywords = _accepted_keywords(self.discriminator)
+        if normalize and not getattr(self.discriminator, "standardized", True):
+            message = (
+                f"normalize: {type(self.discriminator).__name__} takes features on the scale that "
+                "the teacher's layers were trained on, not standardised; set normalize=False"
+            )
+            raise ValueError(message)
         for name, value in (("gradient_penalty", gradient_penalty), ("lecam", lecam)):
             if value and not self._learns:
                 message = (
@@ -167,8 +180,8 @@ class FeatureAdversarialLoss(nn.Module):
         self.register_buffer("average_scores", torch.zeros(2))
         self.register_buffer("_logged", torch.zeros(len(_STATISTICS)), persistent=False)
         self._since_penalty = 0
-        self._made_with = self._fingerprint()
-        self.register_load_state_dict_post_hook(_remember_parameters)
+        self._made_with = self._fingerprints()
+        self.register_load_state_dict_post_hook(_remember_parameters)  # type: ignore[no-untyped-call]
 
     steps: Tensor
     batches: Tensor
@@ -190,19 +203,21 @@ class FeatureAdversarialLoss(nn.Module):
         Returns:
             A scalar; call `backward` on it once, with the loss of the task added or not.
         """
-        fake, real = self._prepare(student, teacher)
+        fake, real, labels = self._prepare(student, teacher, labels)
         student_term, fake_scores = self._student_term(fake, real, labels)
         if not self._updating:
             return student_term
         discriminator_term = self._discriminator_term(fake.detach(), real, labels, fake_scores)
         return student_term + discriminator_term
 
-    def student_loss(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+    def student_loss(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """The student's term alone, weighted: a gradient for the student and the adapter.
 
         For loops with two optimizers. It advances the warm-up.
         """
-        fake, real = self._prepare(student, teacher)
+        fake, real, labels = self._prepare(student, teacher, labels)
         return self._student_term(fake, real, labels)[0]
 
     def discriminator_loss(
@@ -212,7 +227,7 @@ class FeatureAdversarialLoss(nn.Module):
 
         For loops with two optimizers. It advances the penalty's and LeCam's state.
         """
-        fake, real = self._prepare(student, teacher)
+        fake, real, labels = self._prepare(student, teacher, labels)
         return self._discriminator_term(fake.detach(), real, labels, None)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -227,8 +242,8 @@ class FeatureAdversarialLoss(nn.Module):
         ``fad.parameters()`` into the optimizer.
         """
         values = dict(zip(_STATISTICS, self._logged.clone().unbind(), strict=True))
-        same = self._fingerprint() == self._made_with.to(self._logged.device)
-        values["untrained_parameters"] = same.sum()
+        untrained = self._untrained().values()
+        values["untrained_parameters"] = sum(untrained, torch.zeros_like(self.steps))
         return values
 
     # --------------------------------------------------------------------------- the two terms
@@ -289,13 +304,15 @@ class FeatureAdversarialLoss(nn.Module):
         if self.lecam:
             loss = loss + self.lecam * lecam_penalty(real_scores, fake_scores, *self.average_scores)
             if self._updating:
-                self.average_scores.lerp_(means.to(self.average_scores.dtype), 1 - _DECAY)
+                latest = means.to(self.average_scores.dtype)
+                latest = torch.where(torch.isfinite(latest).all(), latest, self.average_scores)
+                self.average_scores.lerp_(latest, 1 - _DECAY)
         return loss
 
     def _pair_scores(
         self, fake: Tensor, real: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scores of real and fake features, in one call where their shapes allow, and the penalty."""
+        """Scores of real and fake features, in one call where shapes allow, and the penalty."""
         penalise = False
         if self.gradient_penalty:
             penalise = self.penalty_every == 1 or self._since_penalty == 0
@@ -315,7 +332,7 @@ class FeatureAdversarialLoss(nn.Module):
         together = is_ragged(real) or (real.shape == fake.shape)
         if together and "student" not in self._keywords:
             both, twice = _concatenate(real, fake), _concatenate(real, real)
-            labels = None if labels is None else torch.cat([labels, labels])
+            labels = None if labels is None else _concatenate(labels, labels)
             scores, penalty = scored(both, twice, labels, None)
             real_scores, fake_scores = _split(scores, real, fake)
             return real_scores, fake_scores, None if penalty is None else 2 * penalty
@@ -341,8 +358,9 @@ class FeatureAdversarialLoss(nn.Module):
         }
         accepted = {name: keywords[name] for name in self._keywords}
         scores: Tensor
-        if frozen:
-            # Copies of the buffers: a spectral norm's power iteration must not run twice a step.
+        if frozen or not torch.is_grad_enabled():
+            # Copies of the buffers: a spectral norm's power iteration must not run twice a step,
+            # nor where nothing learns.
             state = {n: p.detach() for n, p in self.discriminator.named_parameters()}
             state.update((n, b.clone()) for n, b in self.discriminator.named_buffers())
             scores = functional_call(self.discriminator, state, (features,), accepted)
@@ -369,11 +387,17 @@ class FeatureAdversarialLoss(nn.Module):
 
     # ------------------------------------------------------------------------------- features
 
-    def _prepare(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def _prepare(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Validate, adapt and standardise: both `(B, N, teacher_channels)` or ragged."""
         fake = as_points(student, self.layout, "student")
         real = as_points(teacher, self.layout, "teacher").detach()
         self._check_features(fake, real, student, teacher)
+        if labels is not None:
+            _check_labels(labels, student)
+            # The batch is the set: the labels of the clouds are those of its points.
+            labels = labels.unsqueeze(0) if student.dim() == 2 and labels.dim() == 1 else labels
         fake, real = self._draw(fake), self._draw(real)
         fake = pointwise(self._adapt, fake)
         dtype = torch.promote_types(fake.dtype, real.dtype)
@@ -383,7 +407,7 @@ class FeatureAdversarialLoss(nn.Module):
             bad = sum((~torch.isfinite(_flat(t))).sum() for t in (fake, real))
             self._log(non_finite=bad.to(self._logged.dtype))  # type: ignore[union-attr]
         if not self.normalize:
-            return fake, real
+            return fake, real, labels
         if self._updating:
             self._observe(real)
         variance = self.teacher_variance
@@ -394,11 +418,9 @@ class FeatureAdversarialLoss(nn.Module):
         def standardise(values: Tensor) -> Tensor:
             return (values - mean) * scale
 
-        return pointwise(standardise, fake), pointwise(standardise, real)
+        return pointwise(standardise, fake), pointwise(standardise, real), labels
 
-    def _check_features(
-        self, fake: Tensor, real: Tensor, student: Tensor, teacher: Tensor
-    ) -> None:
+    def _check_features(self, fake: Tensor, real: Tensor, student: Tensor, teacher: Tensor) -> None:
         for name, t, given, channels in (
             ("student", fake, student, self.student_channels),
             ("teacher", real, teacher, self.teacher_channels),
@@ -420,10 +442,24 @@ class FeatureAdversarialLoss(nn.Module):
                 f"{describe(student)} and {describe(teacher)}; feed both the same batch"
             )
             raise ValueError(message)
+        if student.dim() == teacher.dim() == 2 and len(student) != len(teacher):
+            message = (
+                "student and teacher: expected global features (B, C) of the same clouds, got "
+                f"{describe(student)} and {describe(teacher)}; feed both the same batch, or "
+                "compare them as sets of different size with student[None] and teacher[None]"
+            )
+            raise ValueError(message)
+        if student.dim() != teacher.dim():
+            message = (
+                "student and teacher: expected both to be features of points or both global, got "
+                f"{describe(student)} and {describe(teacher)}; take layers of the same kind"
+            )
+            raise ValueError(message)
         if is_ragged(fake) != is_ragged(real):
             message = (
                 "student and teacher: expected both ragged or both not, got "
-                f"{describe(student)} and {describe(teacher)}; wrap the other one in fad_loss.ragged"
+                f"{describe(student)} and {describe(teacher)}; wrap the other one in "
+                "fad_loss.ragged"
             )
             raise ValueError(message)
         if fake.device != real.device:
@@ -468,8 +504,12 @@ class FeatureAdversarialLoss(nn.Module):
         """Follow the mean and variance of the teacher's channels; exactly the mean at first."""
         values = _flat(real).to(self.teacher_mean.dtype)
         variance, mean = torch.var_mean(values, dim=0, correction=0)
-        self.batches.add_(1)
-        rate = (1 / self.batches).clamp(min=_MOMENTUM).to(mean.dtype)
+        # A batch that overflowed (which on a GPU nobody looks for) must not spoil all that follow.
+        finite = torch.isfinite(mean + variance).all()
+        mean = torch.where(finite, mean, self.teacher_mean)
+        variance = torch.where(finite, variance, self.teacher_variance)
+        self.batches.add_(finite)
+        rate = (1 / self.batches.clamp(min=1)).clamp(min=_MOMENTUM).to(mean.dtype) * finite
         # The spread of the means between batches belongs to the variance.
         shift = mean - self.teacher_mean
         within = torch.lerp(self.teacher_variance, variance, rate)
@@ -484,18 +524,14 @@ class FeatureAdversarialLoss(nn.Module):
         if adapter == "identity" and self.student_channels != self.teacher_channels:
             message = (
                 f'adapter: "identity" needs as many student as teacher channels, got '
-                f"{self.student_channels} and {self.teacher_channels}; use \"linear\""
+                f'{self.student_channels} and {self.teacher_channels}; use "linear"'
             )
             raise ValueError(message)
-        make: Callable[[], nn.Module] = choose(
-            "adapter",
-            adapter,
-            {
-                "linear": lambda: nn.Linear(self.student_channels, self.teacher_channels),
-                "identity": nn.Identity,
-            },
-        )
-        return make()
+        makers: dict[str, Callable[[], nn.Module]] = {
+            "linear": lambda: nn.Linear(self.student_channels, self.teacher_channels),
+            "identity": nn.Identity,
+        }
+        return choose("adapter", adapter, makers)()
 
     def _make_discriminator(self, discriminator: str | nn.Module) -> nn.Module:
         if isinstance(discriminator, nn.Module):
@@ -513,13 +549,34 @@ class FeatureAdversarialLoss(nn.Module):
         for name, value in values.items():
             self._logged[_STATISTICS.index(name)] = value.detach().to(self._logged.dtype)
 
-    @torch.no_grad()
-    def _fingerprint(self) -> Tensor:
+    def _fingerprints(self) -> dict[str, Tensor]:
         """A number for each trainable parameter, which changes when it is trained."""
-        wide = [p.detach().double() for p in self.parameters() if p.requires_grad]
-        # Weighted by position, so that a change that keeps the sum shows as well.
-        sums = [(p.flatten() * torch.arange(1, p.numel() + 1, device=p.device)).sum() for p in wide]
-        return torch.stack(sums) if sums else torch.zeros(0, device=self._logged.device)
+        return {
+            name: _fingerprint(p)
+            for name, p in self.named_parameters()
+            if p.requires_grad and not is_lazy(p)
+        }
+
+    def _untrained(self) -> dict[str, Tensor]:
+        """Whether the trainable parameters hold the values that they were made or loaded with."""
+        return {
+            name: now == self._made_with[name].to(now.device)
+            for name, now in self._fingerprints().items()
+            if name in self._made_with
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Convert or move; what was not trained before still is not, even if it was rounded."""
+        untrained = self._untrained()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, now in self._fingerprints().items():
+            before = untrained.get(name)
+            if before is None or before.is_meta or now.is_meta:
+                self._made_with[name] = now
+            else:
+                before, made = (t.to(now.device) for t in (before, self._made_with[name]))
+                self._made_with[name] = torch.where(before, now, made)
+        return self
 
     def get_extra_state(self) -> dict[str, int]:
         """Where the lazy penalty is in its cycle."""
@@ -534,9 +591,17 @@ class FeatureAdversarialLoss(nn.Module):
         return f"objective={self.objective}, weight={self.weight}, layout={self.layout!r}"
 
 
+@torch.no_grad()
+def _fingerprint(parameter: Tensor) -> Tensor:
+    # Of the bits, weighted by position, modulo 2^64: the same in any order, so on any device.
+    bits = parameter.detach().double().flatten().view(torch.int64)
+    odd = torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device)
+    return (bits * odd).sum()
+
+
 def _remember_parameters(loss: FeatureAdversarialLoss, _: object) -> None:
     """After loading, trained means different from what was loaded."""
-    loss._made_with = loss._fingerprint()
+    loss._made_with = loss._fingerprints()
 
 
 def _count(name: str, value: object, least: int) -> int:
@@ -567,6 +632,18 @@ def _accepted_keywords(discriminator: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in ("reference", "labels", "student") if name in parameters)
 
 
+def _check_labels(labels: object, student: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        message = f"labels: expected a torch.Tensor of classes, got {describe(labels)}"
+        raise TypeError(message)
+    if labels.device != student.device:
+        message = (
+            f"labels: expected the device of the features, {student.device}, got "
+            f"{describe(labels)}; move them with .to({str(student.device)!r})"
+        )
+        raise ValueError(message)
+
+
 def _flat(t: Tensor) -> Tensor:
     """All points of all clouds: `(points, C)`, or `(points,)` for scores."""
     if is_ragged(t):
@@ -593,8 +670,8 @@ def _concatenate(a: Tensor, b: Tensor) -> Tensor:
 def _split(scores: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `_concatenate` on scores."""
     if not is_ragged(scores):
-        first, second = scores.split([a.shape[0], b.shape[0]])
+        first, second = torch.split(scores, [a.shape[0], b.shape[0]])
         return first, second
     values, _ = pack(scores)
-    first, second = values.split([pack(a)[0].shape[0], pack(b)[0].shape[0]])
+    first, second = torch.split(values, [pack(a)[0].shape[0], pack(b)[0].shape[0]])
     return unpack(first, a), unpack(second, b)

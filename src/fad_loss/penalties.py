@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fad_loss._checks import check_tensor, describe
-from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, unpack
+from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, pointwise, unpack
 from fad_loss.objectives import as_scores
 
 
@@ -125,10 +125,10 @@ def penalized_scores(score: Callable[[Tensor], Tensor], features: Tensor) -> tup
         tensor(6.)
     """
     check_tensor("features", features)
-    if is_ragged(features):
-        # torch.func does not take nested tensors.
-        values = pack(features)[0].detach().requires_grad_()
-        leaf = unpack(values, features)
+    if is_ragged(features) or not torch.compiler.is_compiling():
+        # torch.func takes neither nested tensors nor operators with an autograd formula; inside a
+        # compiled function, which sees through the latter, it is the only way.
+        leaf = pointwise(lambda values: values.detach().requires_grad_(), features)
         with torch.enable_grad():
             scores = score(leaf)
             return scores, r1(scores, leaf)
