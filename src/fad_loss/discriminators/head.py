@@ -47,8 +47,8 @@ class HeadDiscriminator(nn.Module):
     Args:
         head: a module from features to logits over classes.
         pool: how the points of a cloud become the one feature that the head takes: ``"max"``
-            (PointNet, DGCNN), ``"mean"``, or None for a head that works on every point by itself
-            (segmentation).
+            (PointNet, DGCNN), ``"mean"``, or None for a head that works on every point by itself:
+            segmentation, and global features ``(B, C)``, which arrive as one set ``(1, B, C)``.
         target: ``"teacher"`` compares with the head's opinion of the teacher's feature,
             ``"labels"`` with the true class. Without pooling, ``"teacher"`` compares point i with
             point i.
