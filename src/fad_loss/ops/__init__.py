@@ -316,6 +316,9 @@ def kernel_mean(
         if look(w) and w.numel() and bool((w < 0).any()):
             message = f"weights: expected non-negative values, got a minimum of {float(w.min()):g}"
             raise ValueError(message)
+        # Once, for the sum and the mass: their gradients nearly cancel, and must not be rounded to
+        # half precision before they meet.
+        w = w.to(_dense.accumulation_dtype(w.dtype))
     mass = _mass(pair, w, exclude_self=exclude_self)
     chosen = select(backend, pair.x.device)
     offsets = pair.x_offsets, pair.y_offsets
@@ -342,14 +345,14 @@ def _mass(pair: _Pair, weights: Tensor | None, *, exclude_self: bool) -> Tensor:
         if weights is None:
             size = pair.y.shape[1] - int(exclude_self)
             return pair.x.new_full((1, 1), max(size, 0), dtype=dtype)
-        total = weights.to(dtype).sum(1, keepdim=True)
-        own = weights.to(dtype)
+        total = weights.sum(1, keepdim=True)
+        own = weights
     else:
         lengths = pair.x_offsets.diff()
         if weights is None:
             total = pair.y_offsets.diff().to(dtype)
         else:
-            own = weights.to(dtype)
+            own = weights
             clouds = torch.arange(len(lengths), device=own.device)
             of = clouds.repeat_interleave(pair.y_offsets.diff(), output_size=own.shape[0])
             total = own.new_zeros(len(lengths)).index_put((of,), own, accumulate=True)
