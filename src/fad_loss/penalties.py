@@ -121,8 +121,8 @@ def penalized_scores(score: Callable[[Tensor], Tensor], features: Tensor) -> tup
 
     Example:
         >>> scores, penalty = penalized_scores(lambda z: z.square().sum(-1), torch.ones(2, 5, 3))
-        >>> float(penalty)
-        6.0
+        >>> penalty.detach()
+        tensor(6.)
     """
     check_tensor("features", features)
     if is_ragged(features) or not torch.compiler.is_compiling():
