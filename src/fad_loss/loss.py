@@ -90,8 +90,9 @@ class FeatureAdversarialLoss(nn.Module):
         penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
         lecam: weight of the LeCam regulariser in the discriminator's loss.
         max_points: in training, compare at most so many points of each cloud, drawn anew at every
-            step (of the student and of the teacher independently); None compares all. The cost of
-            comparing grows with its square. Ragged clouds, and all clouds in evaluation, are
+            step; None compares all. Only for discriminators that compare all pairs of points, like
+            the default: their cost grows with the square. Student and teacher keep the same points
+            if they have the same number of them. Ragged clouds, and all clouds in evaluation, are
             compared whole.
         layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
 
@@ -398,7 +399,8 @@ class FeatureAdversarialLoss(nn.Module):
             _check_labels(labels, student)
             # The batch is the set: the labels of the clouds are those of its points.
             labels = labels.unsqueeze(0) if student.dim() == 2 and labels.dim() == 1 else labels
-        fake, real = self._draw(fake), self._draw(real)
+        if self.training and getattr(self.discriminator, "quadratic", False):
+            fake, real = self._draw(fake, real)
         fake = pointwise(self._adapt, fake)
         dtype = torch.promote_types(fake.dtype, real.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
@@ -477,14 +479,17 @@ class FeatureAdversarialLoss(nn.Module):
         for name, t in (("student", fake), ("teacher", real)):
             check_finite(name, _flat(t))
 
-    def _draw(self, points: Tensor) -> Tensor:
-        """At most `max_points` points of each cloud, a new random choice at every training step."""
-        limit = self.max_points
-        if limit is None or not self.training or is_ragged(points) or points.shape[1] <= limit:
-            return points
-        keys = torch.rand(points.shape[:2], device=points.device)
-        chosen = keys.topk(limit, dim=1, sorted=False).indices
-        return points.gather(1, chosen.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+    def _draw(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """At most `max_points` points of each cloud, a new random choice at every step.
+
+        Clouds of equal size keep the same points: where they correspond, they still do, and if the
+        student's features were the teacher's, what is drawn of them would be the same set.
+        """
+        if self.max_points is None or is_ragged(fake):
+            return fake, real
+        keys = torch.rand(fake.shape[:2], device=fake.device)
+        other = keys if real.shape[1] == fake.shape[1] else torch.rand_like(real[..., 0])
+        return _first(fake, keys, self.max_points), _first(real, other, self.max_points)
 
     def _adapt(self, values: Tensor) -> Tensor:
         first = next(self.adapter.parameters(), None)
@@ -642,6 +647,14 @@ def _check_labels(labels: object, student: Tensor) -> None:
             f"{describe(labels)}; move them with .to({str(student.device)!r})"
         )
         raise ValueError(message)
+
+
+def _first(points: Tensor, keys: Tensor, count: int) -> Tensor:
+    """The points of each cloud with the `count` largest keys; all of them if there are no more."""
+    if points.shape[1] <= count:
+        return points
+    chosen = keys.topk(count, dim=1, sorted=False).indices.unsqueeze(-1)
+    return points.gather(1, chosen.expand(-1, -1, points.shape[-1]))
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fad_loss import ops
 from fad_loss._checks import choose, describe, look
 from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, per_point, pointwise
+from fad_loss.discriminators._layers import check_width, linear
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
 _MODES = {"log_ratio": False, "witness": True}
@@ -68,6 +70,9 @@ class TeacherDiscriminator(nn.Module):
         tensor([[ True,  True, False]])
     """
 
+    quadratic: ClassVar[bool] = True
+    """Its cost grows with the square of the number of points: `FeatureAdversarialLoss` draws some."""
+
     def __init__(
         self,
         *,
@@ -100,7 +105,7 @@ class TeacherDiscriminator(nn.Module):
         self,
         features: Tensor,
         reference: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor | None = None,  # noqa: ARG002
         student: Tensor | None = None,
     ) -> Tensor:
         """Score `features`.
@@ -154,14 +159,18 @@ class TeacherDiscriminator(nn.Module):
 def _embedding(embedding: nn.Module | int | None, channels: int | None) -> nn.Module | None:
     if embedding is None or isinstance(embedding, nn.Module):
         return embedding
-    if isinstance(embedding, bool) or not isinstance(embedding, int) or embedding < 1:
+    width: object = embedding
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         message = f"embedding: expected a module or a width of at least 1, got {embedding!r}"
         raise ValueError(message)
     if channels is None:
-        message = "channels: embedding= a width also needs channels=, the width of the features"
+        message = (
+            f"channels: embedding={embedding} makes a layer, and needs channels=, the width of the "
+            "features, got None"
+        )
         raise ValueError(message)
-    layer = nn.Linear(channels, embedding)
-    return torch.nn.utils.parametrizations.spectral_norm(layer)
+    check_width("channels", channels)
+    return linear(channels, width, spectral_norm=True)
 
 
 def _check_points(name: str, cloud: Tensor) -> None:
@@ -172,9 +181,9 @@ def _check_points(name: str, cloud: Tensor) -> None:
         few = cloud.dim() == 3 and cloud.shape[1] < 2
     if few:
         message = (
-            f"{name}: TeacherDiscriminator estimates densities from the points of a cloud and needs "
-            f"at least 2, got {describe(cloud)}; compare per-point features, or global features "
-            f"(B, C) of at least 2 clouds"
+            f"{name}: TeacherDiscriminator estimates densities from the points of a cloud and "
+            f"needs at least 2, got {describe(cloud)}; compare per-point features, or global "
+            f"features (B, C) of at least 2 clouds"
         )
         raise ValueError(message)
 
@@ -182,7 +191,7 @@ def _check_points(name: str, cloud: Tensor) -> None:
 def _spread(t: Tensor) -> Tensor:
     """The mean squared distance between a cloud's points, (B,): twice the variance, summed over C.
 
-    A cloud whose points all coincide has none; a fraction of its distance from the origin stands in.
+    Points that all coincide have none; a fraction of their distance from the origin stands in.
     """
     wide = t.detach()
     wide = wide if wide.dtype == torch.float64 else wide.float()
