@@ -134,7 +134,9 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         return torch.zeros_like(x), torch.zeros_like(y), *[None] * 5
     flat = absolute_index(index, y, x_offsets, y_offsets).clamp_max(points.shape[0] - 1).reshape(-1)
     chosen = points.index_select(0, flat).view(*index.shape, -1)
-    pull = 2 * torch.where(found, grad, 0.0).unsqueeze(-1) * (x.unsqueeze(-2) - chosen)
+    # The gradient has the wide dtype of the distance, and so must the difference.
+    difference = x.unsqueeze(-2).to(grad.dtype) - chosen
+    pull = 2 * torch.where(found, grad, 0.0).unsqueeze(-1) * difference
     to_y = None
     if ctx.needs_input_grad[1]:
         spread = points.new_zeros(points.shape, dtype=pull.dtype)
