@@ -30,12 +30,12 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
             "points in dimension 1; build it with fad_loss.ragged"
         )
         raise ValueError(message)
-    return _Unwrap.apply(x), x.offsets()
+    return _Unwrap.apply(x), x.offsets()  # type: ignore[no-untyped-call,attr-defined]
 
 
 def wrap(values: Tensor, offsets: Tensor, shortest: int | None, longest: int | None) -> Tensor:
-    """Make a ragged tensor of packed values; the lengths' bounds, if known, spare a look at them."""
-    ragged: Tensor = _Wrap.apply(values, offsets, shortest, longest)
+    """Make a ragged tensor of packed values; known bounds of the lengths spare a look at them."""
+    ragged: Tensor = _Wrap.apply(values, offsets, shortest, longest)  # type: ignore[no-untyped-call]
     return ragged
 
 
@@ -61,8 +61,9 @@ class _Wrap(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
-        return (None if grad is None else _Unwrap.apply(grad)), None, None, None
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:  # noqa: ARG004
+        values = None if grad is None else _Unwrap.apply(grad)  # type: ignore[no-untyped-call]
+        return values, None, None, None
 
 
 class _Unwrap(torch.autograd.Function):
@@ -76,7 +77,7 @@ class _Unwrap(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return None if grad is None else wrap(grad, *ctx.clouds)
 
 

@@ -7,27 +7,28 @@ are built on `fad_loss.ops`, so none holds an N x M matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fad_loss import ops
 from fad_loss._checks import check_tensor, choose, describe, look
-from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, pack, per_point, unpack
+from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, pack, per_point, pointwise
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
 __all__ = ["chamfer", "energy", "mmd", "sinkhorn"]
 
-_REDUCTIONS = {
-    "mean": torch.Tensor.mean,
-    "sum": torch.Tensor.sum,
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "sum": torch.sum,
     "none": lambda per_cloud: per_cloud,
 }
 
 
 def _reduce(per_cloud: Tensor, reduction: str) -> Tensor:
-    reduced: Tensor = choose("reduction", reduction, _REDUCTIONS)(per_cloud)
-    return reduced
+    return choose("reduction", reduction, _REDUCTIONS)(per_cloud)
 
 
 def _check_sets(x: Tensor, y: Tensor) -> None:
@@ -109,7 +110,8 @@ def energy(
             or what `fad_loss.ops.kernel_mean` raises.
         TypeError: see `fad_loss.ops.kernel_mean`.
 
-    Source: Szekely and Rizzo, "Energy statistics", Journal of Statistical Planning and Inference 2013.
+    Source: Szekely and Rizzo, "Energy statistics", Journal of Statistical Planning and Inference,
+    2013.
 
     Example:
         >>> x = torch.tensor([[[0.0], [2.0]]])
@@ -189,8 +191,8 @@ def sinkhorn(
     debiased: bool = True,
     scaling: float = 0.5,
     diameter: float | None = None,
-    max_iterations: int = 200,
-    tolerance: float | None = 1e-4,
+    max_iterations: int = 100,
+    tolerance: float | None = 1e-3,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -212,13 +214,13 @@ def sinkhorn(
         x: clouds `(B, N, C)`, or ragged.
         y: clouds `(B, M, C)`, or ragged.
         epsilon: the temperature, in units of squared distance, > 0.
-        debiased: subtract the self-terms; without them it is :math:`\mathrm{OT}(x, y)`, which is not
-            0 for equal sets.
+        debiased: subtract the self-terms; without them it is :math:`\mathrm{OT}(x, y)`, which is
+            not 0 for equal sets.
         scaling: the factor by which the temperature's root falls per iteration, in (0, 1).
         diameter: an upper bound on the distance between any two points; measured if None.
         max_iterations: at the final temperature.
-        tolerance: relative to epsilon: stop when no potential changes by more. None: never look, and
-            run all `max_iterations`.
+        tolerance: relative to epsilon: stop when no potential changes by more. None: never look,
+            and run all `max_iterations`.
         reduction: over clouds: "mean", "sum" or "none".
         backend: see `fad_loss.ops`.
 
@@ -271,10 +273,12 @@ def sinkhorn(
 
     # One more step carries the gradient: at the optimum the potentials do not depend on the points
     # to first order. `_FirstOrder` refuses the second, where they do.
+    x, y = _once(x), _once(y)
+
     def extrapolate(of: Tensor, to: Tensor, potential: Tensor) -> Tensor:
         log_b = per_point(-cloud_lengths(to).to(potential.dtype).log(), to)
         potential, log_b = _cast(potential, to), _cast(log_b, to)
-        return cloud_mean(_once(ops.softmin(of, to, epsilon, potential, log_b, backend=backend)))
+        return cloud_mean(ops.softmin(of, to, epsilon, potential, log_b, backend=backend))
 
     # <a, f> carries the gradient of x, <b, g> that of y.
     total = extrapolate(x, y.detach(), g) + extrapolate(y, x.detach(), f)
@@ -292,26 +296,38 @@ class _FirstOrder(torch.autograd.Function):
     """The identity, whose gradient cannot be differentiated."""
 
     @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
-        return value.clone()
+    def forward(ctx: Any, points: Tensor) -> Tensor:  # noqa: ARG004
+        return points.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        last: Tensor = _Last.apply(grad)  # type: ignore[no-untyped-call]
+        return last
+
+
+class _Last(torch.autograd.Function):
+    """The identity, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        message = (
+            "sinkhorn: no second derivatives, because the first is the envelope theorem's, which "
+            "holds the potentials still; for a gradient penalty take energy or mmd"
+        )
+        raise RuntimeError(message)
 
 
 def _once(t: Tensor) -> Tensor:
-    once: Tensor
-    if is_ragged(t):
-        once = _FirstOrder.apply(pack(t)[0])
-        return unpack(once, t)
-    once = _FirstOrder.apply(t)
-    return once
+    # On the points, where what arrives depends on them; what arrives at the result need not.
+    return pointwise(_FirstOrder.apply, t)  # type: ignore[arg-type]
 
 
 def _diameter(x: Tensor, y: Tensor) -> float:
-    """An upper bound on the distance of any two points of one cloud: the diagonal of all of them."""
+    """An upper bound on the distance of two points of one cloud: the diagonal of all of them."""
     points = torch.cat([(pack(t)[0] if is_ragged(t) else t).flatten(0, -2) for t in (x, y)])
     return float((points.amax(0) - points.amin(0)).double().square().sum().sqrt())
 
