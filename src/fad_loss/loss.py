@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -154,6 +154,9 @@ class FeatureAdversarialLoss(nn.Module):
         self.penalty_every = _count("penalty_every", penalty_every, 1)
         self.lecam = _amount("lecam", lecam)
         self.max_points = None if max_points is None else _count("max_points", max_points, 2)
+        if not isinstance(normalize, bool):
+            message = f"normalize: expected True or False, got {describe(normalize)}"
+            raise TypeError(message)
         self.normalize = normalize
         choose("layout", layout, LAYOUTS)
         self.layout = layout
@@ -487,6 +490,8 @@ class FeatureAdversarialLoss(nn.Module):
         """
         if self.max_points is None or is_ragged(fake):
             return fake, real
+        if max(fake.shape[1], real.shape[1]) <= self.max_points:
+            return fake, real
         keys = torch.rand(fake.shape[:2], device=fake.device)
         other = keys if real.shape[1] == fake.shape[1] else torch.rand_like(real[..., 0])
         return _first(fake, keys, self.max_points), _first(real, other, self.max_points)
@@ -526,6 +531,7 @@ class FeatureAdversarialLoss(nn.Module):
     def _make_adapter(self, adapter: str | nn.Module) -> nn.Module:
         if isinstance(adapter, nn.Module):
             return adapter
+        _check_name("adapter", adapter, ("linear", "identity"))
         if adapter == "identity" and self.student_channels != self.teacher_channels:
             message = (
                 f'adapter: "identity" needs as many student as teacher channels, got '
@@ -541,6 +547,7 @@ class FeatureAdversarialLoss(nn.Module):
     def _make_discriminator(self, discriminator: str | nn.Module) -> nn.Module:
         if isinstance(discriminator, nn.Module):
             return discriminator
+        _check_name("discriminator", discriminator, _DISCRIMINATORS)
         if discriminator == "head":
             message = (
                 'discriminator: "head" needs the teacher\'s own layers; pass '
@@ -627,6 +634,19 @@ def _amount(name: str, value: object) -> float:
         message = f"{name}: expected a finite number of at least 0, got {value!r}"
         raise ValueError(message)
     return float(value)
+
+
+def _check_name(argument: str, value: object, known: Iterable[str]) -> None:
+    if isinstance(value, str):
+        return
+    hint = ""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        hint = f"; pass an instance, {value.__name__}(...)"
+    message = (
+        f"{argument}: expected one of {', '.join(map(repr, known))}, or a torch.nn.Module, got "
+        f"{describe(value)}{hint}"
+    )
+    raise TypeError(message)
 
 
 def _accepted_keywords(discriminator: nn.Module) -> tuple[str, ...]:

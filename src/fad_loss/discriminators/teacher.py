@@ -54,7 +54,7 @@ class TeacherDiscriminator(nn.Module):
         features `(B, N, C)`, reference `(B, M, C)`, or ragged; scores `(B, N)`, or ragged.
 
     Raises:
-        ValueError: an unknown mode, bandwidths that are not positive, options of the other mode, or
+        ValueError: an unknown mode, bandwidths that are not positive, options of another mode, or
             clouds with fewer than two points on either side.
 
     Source: Lee and Wu, "Feature adversarial distillation for point cloud classification", ICIP 2023
@@ -71,7 +71,7 @@ class TeacherDiscriminator(nn.Module):
     """
 
     quadratic: ClassVar[bool] = True
-    """Its cost grows with the square of the number of points: `FeatureAdversarialLoss` draws some."""
+    """Its cost grows with the square of the number of points; the loss may draw some of them."""
 
     def __init__(
         self,
@@ -89,6 +89,18 @@ class TeacherDiscriminator(nn.Module):
         if kernel is not None and not self.witness:
             message = 'kernel: only mode="witness" takes a kernel; "log_ratio" takes bandwidths'
             raise ValueError(message)
+        if kernel is not None and not isinstance(kernel, Kernel):
+            message = (
+                "kernel: expected Gaussian, Laplacian, Energy or InverseMultiquadric from "
+                f"fad_loss.ops, got {describe(kernel)}"
+            )
+            raise TypeError(message)
+        if not isinstance(bandwidths, (tuple, list)):
+            message = (
+                "bandwidths: expected several numbers, (0.3, 1.0, 3.0) say, got "
+                f"{describe(bandwidths)}"
+            )
+            raise TypeError(message)
         self.mode, self.backend = mode, backend
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:
