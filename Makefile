@@ -6,7 +6,7 @@
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
 #   make docs         the documentation, into docs/_build/html
-#   make benchmarks   the pairwise operations against their peers, on this machine
+#   make benchmarks   the operations against their peers, and a training step, on this machine's CPU
 #   make clean        remove what was built (make distclean: .venv too)
 #
 # PYTHON=python3.12 chooses the interpreter, WORKERS=8 the number of test processes. Machines
@@ -60,6 +60,7 @@ docs: $(VENV)/.with-docs
 
 benchmarks: $(VENV)/.with-benchmarks
 	$(BIN)/python benchmarks/pairwise.py --device cpu
+	$(BIN)/python benchmarks/step.py
 
 clean:
 	rm -rf build dist docs/_build .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
@@ -71,7 +72,7 @@ distclean: clean
 EXTRAS_examples := examples
 EXTRAS_dev := dev,examples
 EXTRAS_docs := docs
-EXTRAS_benchmarks := benchmarks
+EXTRAS_benchmarks := benchmarks,examples
 
 $(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(PIP_INSTALL) --editable '.[$(EXTRAS_$*)]'
