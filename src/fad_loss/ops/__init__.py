@@ -76,9 +76,13 @@ class _Pair:
             if self.y_offsets is None:
                 message += f" for y of shape {tuple(self.y.shape)}"
             raise ValueError(message)
-        if packed.device != self.y.device or packed.dtype != self.y.dtype:
-            message = f"{name}: expected dtype and device of y ({describe(self.y)}), got {describe(t)}"
-            raise ValueError(message)
+        for what, error in (("dtype", TypeError), ("device", ValueError)):
+            if getattr(packed, what) != getattr(self.y, what):
+                message = (
+                    f"{name}: expected the {what} of y ({describe(self.y)}), got {describe(t)}; "
+                    f"convert it with {name}.to(y.{what})"
+                )
+                raise error(message)
         if offsets is not None and self.y_offsets is not None:
             _check_same_clouds(name, offsets, "y", self.y_offsets)
         return packed
