@@ -129,7 +129,9 @@ class Smooth:
     definition: Callable[..., Tensor]
     along_y: int = 0
 
-    def inputs(self, B: int, N: int, M: int, C: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    def inputs(
+        self, B: int, N: int, M: int, C: int, dtype: torch.dtype, device: str
+    ) -> list[Tensor]:
         """Random points, scaled so that squared distances are about 2 for any C, and values."""
         x = torch.randn(B, N, C) / C**0.5
         y = torch.randn(B, M, C) / C**0.5

@@ -47,7 +47,9 @@ def problem(case: Smooth, shape: tuple[int, ...], dtype: torch.dtype):
     inputs = case.inputs(*shape, dtype, "cpu")
     exact = [t.detach().double().requires_grad_() for t in inputs]
     truth = values_and_gradients(case.definition, exact)
-    eager = values_and_gradients(lambda *t: case.definition(*[v.to(wide(dtype)) for v in t]), inputs)
+    eager = values_and_gradients(
+        lambda *t: case.definition(*[v.to(wide(dtype)) for v in t]), inputs
+    )
     return inputs, truth, [error(a, b, 1 / shape[2]) for a, b in zip(eager, truth, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""nearest and knn against sorting all float64 distances: exactly the same neighbors, exact distances."""
+"""nearest and knn against sorting all float64 distances: the same neighbors, exact distances."""
 
 from __future__ import annotations
 
@@ -110,11 +110,15 @@ def test_ties_go_to_the_lowest_index(backend, seed, N, M, C, levels, dtype, data
     x = torch.randint(-levels, levels + 1, (2, N, C)).to(dtype)
     y = torch.randint(-levels, levels + 1, (2, M, C)).to(dtype)
     y = torch.cat([y, y[:, torch.randperm(M)]], 1)
-    distance, index = ops.knn(x.to(device_of(backend)), y.to(device_of(backend)), k, backend=backend)
+    distance, index = ops.knn(
+        x.to(device_of(backend)), y.to(device_of(backend)), k, backend=backend
+    )
     expected, expected_index = true_knn(x, y, k)
     assert torch.equal(distance.double().cpu(), expected)
     assert torch.equal(index.cpu(), expected_index)
-    distance, index = ops.nearest(x.to(device_of(backend)), y.to(device_of(backend)), backend=backend)
+    distance, index = ops.nearest(
+        x.to(device_of(backend)), y.to(device_of(backend)), backend=backend
+    )
     assert torch.equal(distance.double().cpu(), expected[..., 0])
     assert torch.equal(index.cpu(), expected_index[..., 0])
 
@@ -201,7 +205,7 @@ def test_independent_of_the_matmul_precision(precision, dtype, fused, device):
 @pytest.mark.parametrize("C", [3, 20])
 @pytest.mark.parametrize("wanted", ["x", "y", "both", "same"])
 def test_gradients(operation, C, wanted, backend, device):
-    """2 g (x_i - y_j) to x, and its negative to y_j; first and second derivatives, not the last layer."""
+    """2 g (x_i - y_j) to x, and its negative to y_j; and the derivatives of that."""
     x, y = (t.to(device) for t in clouds(2, 6, 9, C, torch.float64))
     if wanted == "same":
         y = x
@@ -279,7 +283,9 @@ def test_far_points_and_tiny_distances(C, backend, device):
     """Scales at which squares are near the ends of float32's range."""
     x, y = clouds(1, 20, 30, C)
     for scale in (1e-15, 1e15):
-        distance, index = ops.nearest((x * scale).to(device), (y * scale).to(device), backend=backend)
+        distance, index = ops.nearest(
+            (x * scale).to(device), (y * scale).to(device), backend=backend
+        )
         expected, expected_index = true_knn(x * scale, y * scale, 1)
         assert torch.equal(index.cpu(), expected_index[..., 0])
         torch.testing.assert_close(distance.double().cpu(), expected[..., 0], rtol=1e-6, atol=0)
