@@ -1,0 +1,137 @@
+"""The tiles that each kernel may use: one table, chosen from by shape, device and, if asked, by timing.
+
+An entry is (BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHANNELS, warps, stages, SLAB), at most 8 for a kernel and a
+format, the heuristic's choice first. BLOCK_CHANNELS and SLAB are upper bounds: points with fewer
+channels use all they have. Every entry is compiled offline for sm_80, sm_90 and sm_100 by
+`make kernels-report`, which fails on spills; a tile of 64 rows is the least that wgmma and tcgen05 take.
+
+The choice depends on the shape only through buckets (the format, channels padded to 16, 32, 64, 128 or
+a multiple of 64, and whether there are enough rows to fill the device), so a new number of points
+compiles nothing new. With FAD_LOSS_TUNE=1 the first call in a bucket times all its entries and remembers
+the fastest in a file, in FAD_LOSS_CACHE or ~/.cache/fad_loss; without it the first entry is taken, or
+the one with smaller tiles if there are few rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from fad_loss.ops._triton.launch import INTERPRETED
+from fad_loss.ops._triton.prepare import Points
+
+
+class Tile(NamedTuple):
+    """One configuration."""
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int
+    stages: int
+    slab: int = 0
+
+    def arguments(self, channels: int) -> dict[str, Any]:
+        """As kernel arguments, for points stored with so many channels."""
+        block = self.channels
+        while channels % block:
+            block //= 2
+        result: dict[str, Any] = {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_COLUMNS": self.columns,
+            "BLOCK_CHANNELS": block,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+        if self.slab:
+            result["SLAB"] = min(self.slab, triton.next_power_of_2(channels))
+        return result
+
+
+# tf32x3 splits every operand in two, so its tiles are smaller.
+TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("reduce", "direct"): (Tile(64, 64, 16, 4, 2),),
+    ("reduce", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
+    ("reduce", "tf32"): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    ("reduce", "half"): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
+    ("pull", "direct"): (Tile(64, 32, 16, 4, 2, 16),),
+    ("pull", "tf32x3"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("pull", "tf32"): (Tile(64, 64, 32, 8, 2, 128),),
+    ("pull", "half"): (Tile(64, 64, 64, 8, 2, 128),),
+    ("pull_twice", "direct"): (Tile(64, 32, 16, 8, 2, 16),),
+    ("pull_twice", "tf32x3"): (Tile(64, 32, 32, 8, 2, 64),),
+    ("pull_twice", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("scan", "direct"): (Tile(64, 64, 16, 8, 2),),
+    ("scan", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
+    ("scan", "tf32"): (Tile(64, 64, 32, 8, 3),),
+    ("scan", "half"): (Tile(64, 64, 64, 8, 3),),
+    ("shortlist", "direct"): (Tile(64, 64, 16, 8, 2),),
+    ("shortlist", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
+    ("shortlist", "tf32"): (Tile(64, 64, 32, 8, 3),),
+    ("shortlist", "half"): (Tile(64, 64, 64, 8, 3),),
+}
+
+
+def format_of(points: Points) -> str:
+    """The table's name for how points are multiplied."""
+    if points.direct:
+        return "direct"
+    if points.values.dtype != torch.float32:
+        return "half"
+    return points.format.precision
+
+
+def choose(kernel: str, rows: Points, columns: Points) -> dict[str, Any]:
+    """The configuration of a kernel for these clouds, as kernel arguments."""
+    form, channels = format_of(rows), rows.values.shape[1]
+    tiles = TABLE[kernel, form]
+    if INTERPRETED:
+        return interpreted(tiles[0], channels)
+    few = len(tiles) > 1 and rows.clouds.total < tiles[0].rows * processors(rows.values.device)
+    key = f"{kernel}/{form}/{channels}/{'few' if few else 'many'}"
+    picked = tuned().get(f"{device_name(rows.values.device)}/{key}")
+    if picked is None or picked >= len(tiles):
+        picked = min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
+    return tiles[picked].arguments(channels)
+
+
+def interpreted(tile: Tile, channels: int) -> dict[str, Any]:
+    """Small tiles: the interpreter's cost is the tiles' area, and edges are what is tested."""
+    return tile._replace(rows=32, columns=32).arguments(channels)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What tuned choices are valid for."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}/triton {triton.__version__}"
+
+
+def cache_file() -> Path:
+    """Where tuned choices are kept."""
+    folder = os.environ.get("FAD_LOSS_CACHE")
+    return (Path(folder) if folder else Path.home() / ".cache" / "fad_loss") / "tiles.json"
+
+
+@cache
+def tuned() -> dict[str, int]:
+    """Choices made by timing, by device and bucket; none if the file is missing or unreadable."""
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(k): int(v) for k, v in found.items()} if isinstance(found, dict) else {}

@@ -1,0 +1,109 @@
+"""From the reductions' gradients to launches of the kernels in `pull.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fad_loss.ops._triton.configurations import choose
+from fad_loss.ops._triton.launch import launch
+from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, schedule, sides
+from fad_loss.ops._triton.pull import pull_kernel
+from fad_loss.ops._triton.pull_twice import pull_twice_kernel
+
+
+def gradient_like(t: Tensor, *, wanted: bool = True) -> Tensor:
+    """Room for a gradient of `t`, or nothing if nobody wants it."""
+    return t.new_empty(t.shape if wanted else (0,), dtype=torch.float32)
+
+
+def pull(
+    rows: Points,
+    columns: Points,
+    settings: dict[str, Any],
+    gradient: Tensor | None,
+    *,
+    extra: Tensor | None = None,
+    row_shift: Tensor | None = None,
+    column_shift: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> None:
+    """Fill the gradients of what the rows have: points (T, C), and weights or biases (`extra`)."""
+    choice = choose("pull", rows, columns)
+    tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
+    slabs = 1 if gradient is None else triton.cdiv(rows.values.shape[1], choice["SLAB"])
+    arguments = {
+        **sides(rows, columns, row="row", column="column"),
+        "row_shift": row_shift,
+        "column_shift": column_shift,
+        "row_scale": row_scale,
+        "column_scale": column_scale,
+        "gradient": gradient,
+        "extra": extra,
+        "C": rows.channels,
+        **settings,
+    }
+    launch(pull_kernel, (tiles, slabs), {**arguments, **where, **choice})
+
+
+class Moves:
+    """Directions in which one side's points move, as the kernels want them; None does not move."""
+
+    def __init__(self, points: Points, moves: Tensor | None) -> None:
+        self.values: Tensor | None = None
+        self.dots: Tensor | None = None
+        if moves is not None:
+            form = replace(points.format, center=False, rounding=_ROUNDING[points.format.precision])
+            self.values = prepare(flat(moves.float()), points.clouds, form).values
+            self.dots = (points.values * self.values).sum(-1)
+
+
+# Directions are rounded to the multiply's format, like points.
+_ROUNDING: dict[str, Rounding] = {"tf32": "tf32", "tf32x3": ""}
+
+
+def pull_twice(
+    rows: Points,
+    columns: Points,
+    row_moves: Moves,
+    column_moves: Moves,
+    settings: dict[str, Any],
+    gradient: Tensor | None,
+    *,
+    of_y: bool = False,
+    extra: Tensor | None = None,
+    row_shift: Tensor | None = None,
+    column_shift: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    row_less: Tensor | None = None,
+    column_less: Tensor | None = None,
+) -> None:
+    """Fill the second-order gradients of the rows' points (T, C), and `extra`."""
+    choice = choose("pull_twice", rows, columns)
+    tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
+    slabs = 1 if gradient is None else triton.cdiv(rows.values.shape[1], choice["SLAB"])
+    arguments = {
+        **sides(rows, columns, row="row", column="column"),
+        "row_moves": row_moves.values,
+        "row_dots": row_moves.dots,
+        "column_moves": column_moves.values,
+        "column_dots": column_moves.dots,
+        "row_shift": row_shift,
+        "column_shift": column_shift,
+        "row_scale": row_scale,
+        "column_scale": column_scale,
+        "row_less": row_less,
+        "column_less": column_less,
+        "gradient": gradient,
+        "extra": extra,
+        "C": rows.channels,
+        "OF_Y": of_y,
+        **settings,
+    }
+    launch(pull_twice_kernel, (tiles, slabs), {**arguments, **where, **choice})

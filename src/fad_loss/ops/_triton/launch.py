@@ -1,0 +1,27 @@
+"""How kernels are started: one place, which tests replace to see what would run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Numbers that change from call to call and must not compile a kernel anew.
+SIZES = ("rows_each", "columns_each", "clouds", "search_steps")
+
+
+def on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Kernels launch on the current device: make it the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Run a kernel over a grid; an empty grid is nothing to do."""
+    if all(grid):
+        # Said explicitly, because its default changes between Triton versions.
+        kernel[grid](**arguments, enable_fp_fusion=True)

@@ -1,0 +1,296 @@
+"""Points as the kernels multiply them: centered, rounded to the multiply's format, padded.
+
+|x|^2 + |y|^2 - 2 xy cancels when clouds lie far from the origin, and the matrix units truncate what
+does not fit their format. So float32 points lose the mean of y, are rounded to nearest, and only then
+have their norms taken: norms and products see the same numbers. The mean of 1024 evenly spaced
+points of y is as good as that of all (any common shift is exact; it only has to be close). Half
+precision is multiplied as it is: shifting would round it again.
+
+=============  ==========  =========================  ======================
+inputs         precision   stored as                  multiplied as
+=============  ==========  =========================  ======================
+float32        "highest"   float32                    tf32x3 (error of float32)
+float32        "high"      float32 rounded to tf32    tf32
+float32        "medium"    bfloat16                   bfloat16
+half           any         unchanged                  as they are
+=============  ==========  =========================  ======================
+
+(precision: `torch.get_float32_matmul_precision()`; accumulation is always float32.) Second
+derivatives store float32 in every case, because gradients do not fit half precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fad_loss.ops._triton.launch import INTERPRETED, SIZES, launch
+from fad_loss.ops._triton.tiles import locate, to_tf32
+
+# ruff: noqa: ANN001, ANN202 -- what a kernel receives are pointers and tiles
+
+# Up to this many channels distances are sums of differences, without a matrix product.
+DIRECT_CHANNELS = 16
+SAMPLE = 1024
+Rounding = Literal["", "tf32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How points are stored and multiplied."""
+
+    storage: torch.dtype
+    rounding: Rounding
+    precision: str
+    center: bool
+
+
+def multiply_format(dtype: torch.dtype, channels: int, *, wide: bool = False) -> Format:
+    """The format for inputs of a dtype; `wide` keeps float32 storage (see the table above)."""
+    if dtype != torch.float32:
+        # The interpreter multiplies the bit patterns of bfloat16; its values fit float32 as well.
+        emulate = INTERPRETED and dtype == torch.bfloat16
+        widen = wide or emulate or channels <= DIRECT_CHANNELS
+        return Format(torch.float32 if widen else dtype, "", "tf32", center=False)
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest" or channels <= DIRECT_CHANNELS:
+        return Format(dtype, "", "tf32x3", center=True)
+    if precision == "high":
+        return Format(dtype, "tf32", "tf32", center=True)
+    storage = dtype if wide or INTERPRETED else torch.bfloat16
+    return Format(storage, "bf16", "tf32", center=True)
+
+
+def padded(channels: int) -> int:
+    """Channels as stored: a power of two up to 64, then a multiple of 64."""
+    if channels <= 64:
+        return max(16, triton.next_power_of_2(channels))
+    return -(-channels // 64) * 64
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """The clouds of one side, flattened: where each begins, and how many points there are."""
+
+    total: int
+    each: int
+    count: int
+    offsets: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, offsets: Tensor | None) -> Clouds:
+        """From (B, N, C), or (T, C) and offsets."""
+        if offsets is None:
+            return cls(x.shape[0] * x.shape[1], x.shape[1], x.shape[0], None)
+        return cls(x.shape[0], 0, len(offsets) - 1, offsets.contiguous())
+
+
+@dataclass(frozen=True)
+class Points:
+    """Prepared points: values (T, CHANNELS) and their squared norms (T,), 0 if there is no need."""
+
+    values: Tensor
+    norms: Tensor
+    clouds: Clouds
+    channels: int
+    format: Format
+
+    @property
+    def direct(self) -> int:
+        """The number of channels if distances are summed from differences, else 0."""
+        return self.channels if self.channels <= DIRECT_CHANNELS else 0
+
+
+def schedule(rows: Clouds, columns: Clouds, block: int) -> tuple[int, dict[str, Any]]:
+    """The number of tiles of rows, and the arguments of `tiles.locate`."""
+    if rows.offsets is None or columns.offsets is None:
+        tiles = rows.count * -(-rows.each // block)
+    else:
+        tiles = rows.total // block + rows.count
+    return tiles, {
+        "row_offsets": rows.offsets,
+        "column_offsets": columns.offsets,
+        "rows_each": rows.each,
+        "columns_each": columns.each,
+        "clouds": rows.count,
+        "search_steps": rows.count.bit_length(),
+        "RAGGED": rows.offsets is not None,
+    }
+
+
+@triton.jit(do_not_specialize=["each"])
+def center_kernel(
+    points,
+    center,
+    offsets,
+    each,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """The mean of at most SAMPLE evenly spaced points of each cloud."""
+    cloud = tl.program_id(0)
+    if RAGGED:
+        start = tl.load(offsets + cloud).to(tl.int64)
+        size = tl.load(offsets + cloud + 1).to(tl.int64) - start
+    else:
+        start = cloud.to(tl.int64) * each
+        size = tl.zeros((), tl.int64) + each
+    count = tl.minimum(size, SAMPLE)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    total = tl.zeros((32, BLOCK_CHANNELS), tl.float32)
+    for first in range(0, count.to(tl.int32), 32):
+        number = first + tl.arange(0, 32)
+        point = start + number.to(tl.int64) * size // tl.maximum(count, 1)
+        inside = (number < count)[:, None] & (channels < C)[None, :]
+        total += tl.load(points + (point[:, None] * C + channels[None, :]), inside, 0.0)
+    mean = tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float32)
+    tl.store(center + (cloud.to(tl.int64) * CHANNELS + channels), mean, channels < CHANNELS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def prepare_kernel(
+    points,
+    center,
+    values,
+    norms,
+    row_offsets,
+    column_offsets,
+    rows_each,
+    columns_each,
+    clouds,
+    search_steps,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CENTER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Center, round, pad and square BLOCK points; one pass, every point read and written once."""
+    cloud, start, rows, first, _, _ = locate(
+        tl.program_id(0),
+        row_offsets,
+        column_offsets,
+        rows_each,
+        columns_each,
+        clouds,
+        search_steps,
+        BLOCK,
+        RAGGED,
+    )
+    point = tl.arange(0, BLOCK)
+    begin = start + first
+    inside = (first + point < rows)[:, None]
+    total = tl.zeros((BLOCK,), tl.float32)
+    for channel in range(0, CHANNELS, BLOCK_CHANNELS):
+        channels = channel + tl.arange(0, BLOCK_CHANNELS)
+        source = points + begin * C + (point[:, None] * C + channels[None, :])
+        v = tl.load(source, inside & (channels < C)[None, :], 0.0).to(tl.float32)
+        if CENTER:
+            mean = tl.load(center + cloud.to(tl.int64) * CHANNELS + channels, channels < C, 0.0)
+            v -= mean[None, :]
+        if ROUNDING == "tf32":
+            v = to_tf32(v)
+        if ROUNDING == "bf16":
+            v = v.to(tl.bfloat16).to(tl.float32)
+        total += tl.sum(v * v, 1)
+        target = values + begin * CHANNELS + (point[:, None] * CHANNELS + channels[None, :])
+        tl.store(target, v.to(values.dtype.element_ty), inside & (channels < CHANNELS)[None, :])
+    if DIRECT:
+        # Differences need no norms; what remains is +inf after the last point, when loaded.
+        total = tl.zeros((BLOCK,), tl.float32)
+    tl.store(norms + begin + point, total, first + point < rows)
+
+
+def _center(y: Tensor, clouds: Clouds, stored: int) -> Tensor:
+    channels = y.shape[-1]
+    center = torch.empty((clouds.count, stored), dtype=torch.float32, device=y.device)
+    block = min(stored, 64)
+    grid = (clouds.count, triton.cdiv(stored, block))
+    arguments = {
+        "points": y,
+        "center": center,
+        "offsets": clouds.offsets,
+        "each": clouds.each,
+        "C": channels,
+        "CHANNELS": stored,
+        "RAGGED": clouds.offsets is not None,
+        "SAMPLE": SAMPLE,
+        "BLOCK_CHANNELS": block,
+    }
+    launch(center_kernel, grid, arguments)
+    return center
+
+
+def prepare(
+    x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = None
+) -> Points:
+    """Prepare points (T, C) for multiplication; `center` is (clouds, CHANNELS)."""
+    channels = x.shape[-1]
+    stored = padded(channels)
+    values = torch.empty((clouds.total, stored), dtype=form.storage, device=x.device)
+    norms = torch.empty(clouds.total, dtype=torch.float32, device=x.device)
+    block = min(stored, 64)
+    rows = 2048 // block
+    tiles, where = schedule(clouds, clouds, rows)
+    arguments = {
+        "points": x,
+        "center": center,
+        "values": values,
+        "norms": norms,
+        "C": channels,
+        "CHANNELS": stored,
+        "CENTER": center is not None,
+        "ROUNDING": form.rounding,
+        "DIRECT": channels <= DIRECT_CHANNELS,
+        "BLOCK": rows,
+        "BLOCK_CHANNELS": block,
+    }
+    launch(prepare_kernel, (tiles,), {**arguments, **where})
+    return Points(values, norms, clouds, channels, form)
+
+
+def prepare_pair(
+    x: Tensor,
+    y: Tensor,
+    x_offsets: Tensor | None,
+    y_offsets: Tensor | None,
+    *,
+    wide: bool = False,
+) -> tuple[Points, Points]:
+    """Both sides, relative to the same point of each cloud."""
+    x_clouds, y_clouds = Clouds.of(x, x_offsets), Clouds.of(y, y_offsets)
+    x, y = flat(x), flat(y)
+    form = multiply_format(x.dtype, x.shape[-1], wide=wide)
+    center = None
+    if form.center and y_clouds.count:
+        center = _center(y, y_clouds, padded(x.shape[-1]))
+    return prepare(x, x_clouds, form, center), prepare(y, y_clouds, form, center)
+
+
+def flat(t: Tensor) -> Tensor:
+    """(B, N, C) or (T, C) as contiguous (T, C)."""
+    return t.detach().reshape(-1, t.shape[-1]).contiguous()
+
+
+def sides(rows: Points, columns: Points, row: str = "x", column: str = "y") -> dict[str, Any]:
+    """The arguments that every kernel over pairs has."""
+    return {
+        row: rows.values,
+        f"{row}_norms": rows.norms,
+        column: columns.values,
+        f"{column}_norms": columns.norms,
+        "CHANNELS": rows.values.shape[1],
+        "DIRECT": rows.direct,
+        "PRECISION": rows.format.precision,
+    }

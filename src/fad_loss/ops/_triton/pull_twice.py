@@ -1,0 +1,329 @@
+r"""The second derivatives of the smooth reductions: two recomputed tiles of weights.
+
+Let u_i, v_j be the directions in which x and y move, and delta_ij = 2 (x_i - y_j) . (u_i - v_j). Two
+weights per pair, A_ij = dS/d(d_ij) and P_ij = dS/d(delta_ij), are pulled to the points and to the
+directions: dx_i = 2 (sum_j A_ij x_i - A_ij y_j + P_ij u_i - P_ij v_j). `_tiled/smooth.py` derives them.
+As in `pull.py` a program owns rows, and y's gradients come from exchanged roles.
+
+Tile: BLOCK_ROWS x BLOCK_COLUMNS, for d and for delta. In registers: both tiles, and SLAB channels of the
+rows' gradient. Reread: columns and their directions (from L2). Storage is float32: gradients do not
+fit half precision.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fad_loss.ops._triton.launch import SIZES
+from fad_loss.ops._triton.pull import multiply, store_each, store_gradient
+from fad_loss.ops._triton.tiles import (
+    hold,
+    load_points,
+    load_values,
+    locate,
+    products,
+    squared_distances,
+)
+from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros_each
+
+# ruff: noqa: ANN001, ANN201, PLR0912, PLR0914, PLR0915, C901 -- a kernel is one function of pointers
+
+
+@triton.jit
+def directional(
+    held,
+    held_moves,
+    row,
+    row_moves,
+    column,
+    column_moves,
+    row_dots,
+    column_dots,
+    rows_left,
+    columns_left,
+    HAS_ROW: tl.constexpr,
+    HAS_COLUMN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """delta_ij of a tile; a side without directions does not move."""
+    if DIRECT > 0:
+        half = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for channel in tl.static_range(DIRECT):
+            a = load_values(row + channel, rows_left, BLOCK_ROWS, CHANNELS, 0.0)
+            b = load_values(column + channel, columns_left, BLOCK_COLUMNS, CHANNELS, 0.0)
+            move = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            if HAS_ROW:
+                u = load_values(row_moves + channel, rows_left, BLOCK_ROWS, CHANNELS, 0.0)
+                move += u[:, None]
+            if HAS_COLUMN:
+                v = load_values(column_moves + channel, columns_left, BLOCK_COLUMNS, CHANNELS, 0.0)
+                move -= v[None, :]
+            half += (a[:, None] - b[None, :]) * move
+    else:
+        half = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        if HAS_ROW:
+            half += row_dots[:, None]
+            half -= products(
+                held_moves,
+                row_moves,
+                column,
+                rows_left,
+                columns_left,
+                CHANNELS,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+                PRECISION,
+            )
+        if HAS_COLUMN:
+            half += column_dots[None, :]
+            half -= products(
+                held,
+                row,
+                column_moves,
+                rows_left,
+                columns_left,
+                CHANNELS,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+                PRECISION,
+            )
+    return 2.0 * half
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pull_twice_kernel(
+    row,
+    row_norms,
+    column,
+    column_norms,
+    row_moves,
+    row_dots,
+    column_moves,
+    column_dots,
+    row_shift,
+    column_shift,
+    row_scale,
+    column_scale,
+    row_less,
+    column_less,
+    gradient,
+    extra,
+    row_offsets,
+    column_offsets,
+    rows_each,
+    columns_each,
+    clouds,
+    search_steps,
+    rates,
+    FAMILY: tl.constexpr,
+    COUNT: tl.constexpr,
+    LADDER: tl.constexpr,
+    OF_Y: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    RAGGED: tl.constexpr,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """Second-order gradients of the rows' points, and of what else the rows have (`extra`).
+
+    softmin, with q = delta - row_less - column_less (the mean on x's side, the move of the bias on y's):
+    P = sum_e p scale, A = -sum_e p scale q rate; extra = sum_j p q for x without a scale (the mean
+    itself, which is also the gradient of the incoming gradient), sum p scale q rate for y.
+    Kernels, with t = column_less or row_less, the moves of y's weights:
+    P = k' scales, A = (k'' delta weight + k' t) scale; extra = sum of k' delta weight + k t for x, and
+    of k' delta scale for y.
+    """
+    _, row_start, rows, first, column_start, columns = locate(
+        tl.program_id(0),
+        row_offsets,
+        column_offsets,
+        rows_each,
+        columns_each,
+        clouds,
+        search_steps,
+        BLOCK_ROWS,
+        RAGGED,
+    )
+    begin = row_start + first
+    left = rows - first
+    own_number = first + tl.arange(0, BLOCK_ROWS)
+    base = row + begin * CHANNELS
+    slab = tl.program_id(1) * SLAB
+    held = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    a = load_values(row_norms + begin, left, BLOCK_ROWS, 1, 0.0)
+    if row_moves is not None:
+        moves_base = row_moves + begin * CHANNELS
+        held_moves = hold(moves_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+        dots = load_values(row_dots + begin, left, BLOCK_ROWS, 1, 0.0)
+    else:
+        moves_base = base
+        held_moves = held
+        dots = a
+    SOFTMIN: tl.constexpr = FAMILY == "softmin"
+    VALUES: tl.constexpr = COUNT if SOFTMIN else 1
+    row_shifts = load_each(row_shift, begin, left, VALUES, BLOCK_ROWS, float("-inf"))
+    row_scales = load_each(row_scale, begin, left, VALUES, BLOCK_ROWS, 0.0)
+    row_lesses = load_each(row_less, begin, left, VALUES, BLOCK_ROWS, 0.0)
+    extras = zeros_each(VALUES, BLOCK_ROWS)
+    sums = tl.zeros((BLOCK_ROWS,), tl.float32)
+    moved_sums = tl.zeros((BLOCK_ROWS,), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, SLAB), tl.float32)
+    for j in range(0, columns, BLOCK_COLUMNS):
+        at = column_start + j
+        remaining = columns - j
+        column_base = column + at * CHANNELS
+        b = load_values(column_norms + at, remaining, BLOCK_COLUMNS, 1, float("inf"))
+        d = squared_distances(
+            held,
+            base,
+            column_base,
+            a,
+            b,
+            left,
+            remaining,
+            CHANNELS,
+            DIRECT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_CHANNELS,
+            PRECISION,
+        )
+        if EXCLUDE_SELF:
+            number = j + tl.arange(0, BLOCK_COLUMNS)
+            d = tl.where(own_number[:, None] == number[None, :], float("inf"), d)
+        if column_moves is not None:
+            column_moves_base = column_moves + at * CHANNELS
+            other_dots = load_values(column_dots + at, remaining, BLOCK_COLUMNS, 1, 0.0)
+        else:
+            column_moves_base = column_base
+            other_dots = b
+        delta = directional(
+            held,
+            held_moves,
+            base,
+            moves_base,
+            column_base,
+            column_moves_base,
+            dots,
+            other_dots,
+            left,
+            remaining,
+            row_moves is not None,
+            column_moves is not None,
+            CHANNELS,
+            DIRECT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_CHANNELS,
+            PRECISION,
+        )
+        scales = load_each(column_scale, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
+        lesses = load_each(column_less, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
+        if SOFTMIN:
+            shifts = load_each(column_shift, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
+            pulled = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            moved = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            new_extras = ()
+            for e in tl.static_range(VALUES):
+                p = probability(
+                    d,
+                    row_shifts[e],
+                    shifts[e],
+                    rates[e],
+                    row_shift is not None,
+                    column_shift is not None,
+                )
+                q = delta
+                if row_less is not None:
+                    q -= row_lesses[e][:, None]
+                if column_less is not None:
+                    q -= lesses[e][None, :]
+                if row_scale is not None:
+                    p *= row_scales[e][:, None]
+                if column_scale is not None:
+                    p *= scales[e][None, :]
+                change = p * q
+                if gradient is not None:
+                    change *= rates[e]
+                    pulled -= change
+                    moved += p
+                new_extras = new_extras + (extras[e] + tl.sum(change, 1),)
+            extras = new_extras
+        else:
+            value, k1, k2 = evaluate(d, rates, FAMILY, COUNT, LADDER)
+            change = k1 * delta
+            pulled = k2 * delta
+            moved = k1
+            if OF_Y:
+                if row_scale is not None:
+                    pulled *= row_scales[0][:, None]
+                    moved *= row_scales[0][:, None]
+                if row_less is not None:
+                    pulled += k1 * row_lesses[0][:, None]
+                pulled *= scales[0][None, :]
+                moved *= scales[0][None, :]
+                change *= scales[0][None, :]
+            else:
+                if column_scale is not None:
+                    pulled *= scales[0][None, :]
+                    moved *= scales[0][None, :]
+                    change *= scales[0][None, :]
+                if column_less is not None:
+                    pulled += k1 * lesses[0][None, :]
+                    change += value * lesses[0][None, :]
+            extras = (extras[0] + tl.sum(change, 1),)
+        if gradient is not None:
+            total, part = multiply(
+                pulled,
+                column_base,
+                remaining,
+                slab,
+                total,
+                CHANNELS,
+                BLOCK_COLUMNS,
+                SLAB,
+                PRECISION,
+            )
+            sums += part
+            if column_moves is not None:
+                total, part = multiply(
+                    moved,
+                    column_moves_base,
+                    remaining,
+                    slab,
+                    total,
+                    CHANNELS,
+                    BLOCK_COLUMNS,
+                    SLAB,
+                    PRECISION,
+                )
+                moved_sums += part
+            else:
+                moved_sums += tl.sum(moved, 1)
+    if gradient is not None:
+        own = load_points(base, left, slab, CHANNELS, BLOCK_ROWS, SLAB)
+        result = sums[:, None] * own - total
+        if row_moves is not None:
+            own_moves = load_points(moves_base, left, slab, CHANNELS, BLOCK_ROWS, SLAB)
+            result += moved_sums[:, None] * own_moves
+        result *= 2.0
+        if not SOFTMIN and not OF_Y:
+            result *= row_scales[0][:, None]
+        store_gradient(gradient, begin, left, slab, result, C, BLOCK_ROWS, SLAB)
+    if extra is not None:
+        if slab == 0:
+            store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)

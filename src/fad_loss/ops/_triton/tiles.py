@@ -1,0 +1,198 @@
+"""What every kernel shares: which tile a program computes, and the squared distances on it.
+
+A program owns BLOCK_ROWS points of one cloud (its rows) and walks over the points of the other
+cloud (its columns), BLOCK_COLUMNS at a time. Points come prepared (`prepare.py`): row-major, channels
+padded with zeros to CHANNELS, so that every row starts on a 64-byte boundary and copies are
+asynchronous. Where all channels fit one block the rows stay in registers or shared memory for the
+whole walk and each tile of columns is read once; otherwise both are reread block by block, from L2.
+
+Offsets: a scalar int64 moves a base pointer to the first point of a tile, and int32 offsets, bounded by
+the size of a tile, address within it. Nothing else is ever added to a pointer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ruff: noqa: ANN001, ANN201, PLR0914 -- what a kernel receives are pointers and tiles
+
+
+@triton.jit
+def locate(
+    tile,
+    row_offsets,
+    column_offsets,
+    rows_each,
+    columns_each,
+    clouds,
+    search_steps,
+    BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """Where the tile lies: cloud, start of its rows and columns (int64), their counts, first row.
+
+    Ragged clouds need no schedule computed beforehand: cloud b gets the slots from
+    ``offsets[b] // BLOCK + b``, which is never fewer than its tiles, so a binary search over the
+    offsets finds the cloud; a slot that is left over has no rows.
+    """
+    if RAGGED:
+        low = tile * 0
+        high = low + clouds - 1
+        for _ in range(search_steps):
+            middle = (low + high + 1) // 2
+            reached = tl.load(row_offsets + middle) // BLOCK + middle <= tile
+            low = tl.where(reached, middle, low)
+            high = tl.where(reached, high, middle - 1)
+        cloud = low
+        row_start = tl.load(row_offsets + cloud).to(tl.int64)
+        rows = (tl.load(row_offsets + cloud + 1) - row_start).to(tl.int32)
+        column_start = tl.load(column_offsets + cloud).to(tl.int64)
+        columns = (tl.load(column_offsets + cloud + 1) - column_start).to(tl.int32)
+        first = (tile - (row_start // BLOCK).to(tl.int32) - cloud) * BLOCK
+        columns = tl.where(first < rows, columns, 0)
+    else:
+        tiles_each = tl.cdiv(rows_each, BLOCK)
+        cloud = tile // tiles_each
+        row_start = cloud.to(tl.int64) * rows_each
+        rows = rows_each
+        column_start = cloud.to(tl.int64) * columns_each
+        columns = columns_each
+        first = (tile - cloud * tiles_each) * BLOCK
+    return cloud, row_start, rows, first, column_start, columns
+
+
+@triton.jit
+def load_points(
+    base,
+    left,
+    channel,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """BLOCK points from `base` on, BLOCK_CHANNELS of their channels; zeros after the last point."""
+    point = tl.arange(0, BLOCK)
+    channels = channel + tl.arange(0, BLOCK_CHANNELS)
+    inside = (point < left)[:, None]
+    if CHANNELS % BLOCK_CHANNELS != 0:
+        inside = inside & (channels < CHANNELS)[None, :]
+    return tl.load(base + (point[:, None] * CHANNELS + channels[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def load_values(base, left, BLOCK: tl.constexpr, STRIDE: tl.constexpr, other):
+    """One number for each of BLOCK points from `base` on; `other` after the last point."""
+    point = tl.arange(0, BLOCK)
+    return tl.load(base + point * STRIDE, mask=point < left, other=other)
+
+
+@triton.jit
+def hold(
+    base,
+    left,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+):
+    """The rows that stay for the whole walk, or nothing if they are reread."""
+    if DIRECT > 0:
+        held = tl.zeros((1, 1), tl.float32)
+    elif CHANNELS == BLOCK_CHANNELS:
+        held = load_points(base, left, 0, CHANNELS, BLOCK, BLOCK_CHANNELS)
+    else:
+        held = tl.zeros((1, 1), tl.float32)
+    return held
+
+
+@triton.jit
+def products(
+    held,
+    x,
+    y,
+    rows_left,
+    columns_left,
+    CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The products x_i . y_j of a tile."""
+    if CHANNELS == BLOCK_CHANNELS:
+        tile = load_points(y, columns_left, 0, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS)
+        total = tl.dot(held, tl.trans(tile), input_precision=PRECISION)
+    else:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for channel in range(0, CHANNELS, BLOCK_CHANNELS):
+            left = load_points(x, rows_left, channel, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
+            right = load_points(y, columns_left, channel, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS)
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def squared_distances(
+    held,
+    x,
+    y,
+    x_norms,
+    y_norms,
+    rows_left,
+    columns_left,
+    CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_ij of a tile; +inf after the last column. `y_norms` is +inf there, and 0 when DIRECT.
+
+    DIRECT, the number of channels if there are few, sums differences: nothing cancels. Otherwise
+    |x|^2 + |y|^2 - 2 xy, clamped at 0 without hiding NaN.
+    """
+    if DIRECT > 0:
+        d = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32) + y_norms[None, :]
+        for channel in tl.static_range(DIRECT):
+            a = load_values(x + channel, rows_left, BLOCK_ROWS, CHANNELS, 0.0)
+            b = load_values(y + channel, columns_left, BLOCK_COLUMNS, CHANNELS, 0.0)
+            difference = a[:, None] - b[None, :]
+            d += difference * difference
+    else:
+        s = products(
+            held,
+            x,
+            y,
+            rows_left,
+            columns_left,
+            CHANNELS,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_CHANNELS,
+            PRECISION,
+        )
+        d = (x_norms[:, None] + y_norms[None, :]) - 2.0 * s
+        d = tl.maximum(d, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return d
+
+
+@triton.jit
+def to_tf32(v):
+    """The nearest number with 10 bits of mantissa: what the matrix units would otherwise truncate."""
+    bits = v.to(tl.int32, bitcast=True)
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(weights, like, PRECISION: tl.constexpr):
+    """A weight tile as it will be multiplied, so that its sums can use the very same numbers."""
+    if like.dtype == tl.bfloat16:
+        result = weights.to(tl.bfloat16)
+    elif PRECISION == "tf32x3":
+        result = weights
+    else:
+        result = to_tf32(weights)
+    return result

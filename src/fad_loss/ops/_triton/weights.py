@@ -1,0 +1,91 @@
+"""What a tile of squared distances becomes: kernel values and derivatives, softmin's probabilities.
+
+An excluded or missing pair has d = +inf, for which every value and derivative here is 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ruff: noqa: ANN001, ANN201 -- what a kernel receives are pointers and tiles
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def evaluate(d, rates, KERNEL: tl.constexpr, COUNT: tl.constexpr, LADDER: tl.constexpr):
+    """k(d) and its first two derivatives; what is not used is not computed.
+
+    LADDER > 0: each bandwidth's rate is 2**LADDER times the one before, so its exponential is the one
+    before squared LADDER times: one exponential for all of them.
+    """
+    if KERNEL == "gaussian":
+        e = tl.exp2(d * (-rates[0] * LOG2_E))
+        value = e
+        first = e * -rates[0]
+        second = e * (rates[0] * rates[0])
+        for h in tl.static_range(1, COUNT):
+            if LADDER > 0:
+                for _ in tl.static_range(LADDER):
+                    e = e * e
+            else:
+                e = tl.exp2(d * (-rates[h] * LOG2_E))
+            value += e
+            first += e * -rates[h]
+            second += e * (rates[h] * rates[h])
+        value *= 1.0 / COUNT
+        first *= 1.0 / COUNT
+        second *= 1.0 / COUNT
+    elif KERNEL == "inverse_multiquadric":
+        value = tl.rsqrt(1.0 + d * rates[0])
+        square = value * value
+        first = (-0.5 * rates[0]) * square * value
+        second = (0.75 * rates[0] * rates[0]) * square * square * value
+    else:
+        # Equal points: the root's derivatives there are defined as 0, as for infinitely distant ones.
+        positive = d > 0.0
+        inverse = tl.where(positive, tl.rsqrt(tl.where(positive, d, 1.0)), 0.0)
+        if KERNEL == "energy":
+            value = -tl.where(d == float("inf"), 0.0, tl.sqrt_rn(d))
+            first = -0.5 * inverse
+            second = 0.25 * inverse * inverse * inverse
+        else:
+            value = tl.exp2(tl.sqrt_rn(d) * (-rates[0] * LOG2_E))
+            first = value * inverse * (-0.5 * rates[0])
+            second = value * inverse * inverse * (0.25 * rates[0]) * (rates[0] + inverse)
+    return value, first, second
+
+
+@triton.jit
+def load_each(base, first, left, COUNT: tl.constexpr, BLOCK: tl.constexpr, other):
+    """COUNT numbers of each of BLOCK points from `first` on, as vectors; zeros if there are none."""
+    result = ()
+    point = tl.arange(0, BLOCK)
+    for e in tl.static_range(COUNT):
+        if base is None:
+            v = tl.zeros((BLOCK,), tl.float32)
+        else:
+            v = tl.load(base + first * COUNT + (point * COUNT + e), point < left, other)
+        result = result + (v.to(tl.float32),)
+    return result
+
+
+@triton.jit
+def zeros_each(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNT vectors of zeros."""
+    result = ()
+    for _ in tl.static_range(COUNT):
+        result = result + (tl.zeros((BLOCK,), tl.float32),)
+    return result
+
+
+@triton.jit
+def probability(d, row_shift, column_shift, rate, HAS_ROW: tl.constexpr, HAS_COLUMN: tl.constexpr):
+    """softmin's weights exp((row_shift + column_shift - d) rate) of one temperature."""
+    z = -d
+    if HAS_ROW:
+        z += row_shift[:, None]
+    if HAS_COLUMN:
+        z += column_shift[None, :]
+    return tl.exp2(z * (rate * LOG2_E))
