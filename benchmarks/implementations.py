@@ -7,14 +7,19 @@ or does not offer the operation is left out, and one that cannot do the case, wi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# The process that measures memory imports this module without the script.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from fad_loss import ops
 from fad_loss.ops import _backends

@@ -64,7 +64,7 @@ def test_pairwise_times_every_operation_beside_the_matrix_product(tmp_path, caps
             for row in found.values():
                 low, high = row["quartiles_s"]
                 assert 0 < row["fastest_s"] <= low <= row["median_s"] <= high
-                assert row["rounds"] >= 3
+                assert row["rounds"] >= 1
                 assert row["ratio_to_gemm"] > 0
                 assert (row["B"], row["N"], row["M"], row["C"]) == (2, 40, 36, 24)
             assert found["torch.bmm"]["ratio_to_gemm"] == 1
