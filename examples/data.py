@@ -1,0 +1,163 @@
+"""Labelled point clouds, one tensor per split in memory; the synthetic set; augmentation."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import shapes
+from catalog import CLASSES
+
+
+class DataError(Exception):
+    """The input cannot be used: one line that says which file, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Clouds:
+    """Clouds of equal size: points ``(n, P, 3)`` float32, labels ``(n,)`` int64."""
+
+    points: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Clouds:
+        return Clouds(self.points.to(device), self.labels.to(device))
+
+    def select(self, index: Tensor) -> Clouds:
+        return Clouds(self.points[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split with the names of the classes."""
+
+    name: str
+    train: Clouds
+    test: Clouds
+    classes: list[str]
+
+    def to(self, device: torch.device) -> Dataset:
+        return Dataset(self.name, self.train.to(device), self.test.to(device), self.classes)
+
+    def validation(self, share: float = 0.1) -> Dataset:
+        """The training split alone, a share of every class held out in place of the test split.
+
+        For choosing options: what was chosen on the test split says nothing about other data.
+        """
+        held = held_out(self.train.labels.numpy(), share)
+        index = torch.from_numpy(held)
+        name = f"{self.name} (validation)"
+        train, test = self.train.select(~index), self.train.select(index)
+        return Dataset(name, train, test, self.classes)
+
+    def fingerprint(self) -> str:
+        """A digest of every point and label: results are cached under it."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            for tensor in (split.points, split.labels):
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()[:12]
+
+
+def held_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Mark about `share` of every class, the same ones each time: bool ``(n,)``.
+
+    Of a class with two members or more, at least one is marked and at least one is not.
+    """
+    marked = np.zeros(len(labels), dtype=bool)
+    random = np.random.default_rng(0)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        marked[members[:count]] = True
+    return marked
+
+
+def normalize(points: np.ndarray) -> np.ndarray:
+    """Centre clouds ``(..., P, 3)`` on their bounding boxes and scale them into the unit ball."""
+    low, high = points.min(axis=-2, keepdims=True), points.max(axis=-2, keepdims=True)
+    centered = points - (low + high) / 2
+    radius = np.sqrt((centered**2).sum(axis=-1).max(axis=-1))[..., None, None]
+    return (centered / np.maximum(radius, 1e-12)).astype(np.float32)
+
+
+def shuffled(points: np.ndarray) -> np.ndarray:
+    """Shuffle the points of every cloud, the same way each time.
+
+    Files often store points along a curve or part by part; networks are tested on the first few.
+    """
+    count, size, _ = points.shape
+    order = np.random.default_rng(0).random((count, size), dtype=np.float32).argsort(axis=1)
+    return np.take_along_axis(points, order[..., None], axis=1)
+
+
+def synthetic(train: int = 50, test: int = 20, points: int = 512, seed: int = 0) -> Dataset:
+    """Shapes of the 40 classes of `catalog`, so many of each for training and for testing.
+
+    As a scanner would see them: turned by up to 15 degrees, part of the surface missing, noise of
+    1 % of the size. Every cloud follows from the seed, its split, class and number alone.
+    """
+
+    def cloud(split: int, label: int, number: int) -> np.ndarray:
+        random = np.random.default_rng([seed, split, label, number])
+        shape = shapes.move(list(CLASSES.values())[label](random), turn=random.uniform(-1, 1) / 24)
+        full = normalize(shapes.draw(shape, 2 * points, random))
+        # Hide the far end as seen from a random direction: up to half of the points.
+        direction = random.normal(size=3)
+        visible = np.argsort(full @ direction)[: int(points * random.uniform(1, 2))]
+        kept = full[random.permutation(visible)[:points]]
+        return normalize(kept + random.normal(scale=0.01, size=kept.shape))
+
+    def clouds(split: int, count: int) -> Clouds:
+        labels = np.repeat(np.arange(len(CLASSES)), count)
+        drawn = [
+            cloud(split, label, number) for label in range(len(CLASSES)) for number in range(count)
+        ]
+        return Clouds(torch.from_numpy(np.stack(drawn)), torch.from_numpy(labels))
+
+    return Dataset("synthetic", clouds(0, train), clouds(1, test), list(CLASSES))
+
+
+def subsample(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` points of every cloud at random, in random order: ``(B, count, 3)``."""
+    noise = torch.rand(points.shape[:2], generator=generator, device=points.device)
+    index = noise.topk(count, dim=1).indices
+    return points.gather(1, index.unsqueeze(-1).expand(-1, -1, 3))
+
+
+def augment(
+    points: Tensor, generator: torch.Generator, *, jitter: float = 0.0, rotate: bool = False
+) -> Tensor:
+    """Scale every axis by 2/3 to 3/2 and shift by up to 0.2, as DGCNN and its successors do.
+
+    Args:
+        points: ``(B, N, 3)``.
+        generator: of random numbers, on the device of the points.
+        jitter: standard deviation of noise added to every point, clipped at five of them.
+        rotate: turn every cloud about z by a random angle.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        drawn = torch.rand(shape, generator=generator, device=points.device)
+        return drawn * (high - low) + low
+
+    batch = len(points)
+    if rotate:
+        angle = uniform(0, 2 * torch.pi, batch, 1)
+        x, y = points[..., 0], points[..., 1]
+        turned = (angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y)
+        points = torch.stack([*turned, points[..., 2]], dim=-1)
+    scale, shift = uniform(2 / 3, 3 / 2, batch, 1, 3), uniform(-0.2, 0.2, batch, 1, 3)
+    points = torch.addcmul(shift, points, scale)
+    if jitter:
+        noise = torch.randn(points.shape, generator=generator, device=points.device)
+        points = points + jitter * noise.clamp(-5, 5)
+    return points

@@ -1,0 +1,293 @@
+"""Distil a large point-cloud network into one 40 times smaller, and see what it was worth.
+
+    python examples/distill.py                                  # generated shapes, a few minutes
+    python examples/distill.py --data modelnet40_ply_hdf5_2048  # or any layout in readers.py
+    python examples/distill.py --data clouds.npz --loss fad kd fad+kd --points 1024 --epochs 200
+
+Trains a teacher (or takes one, --teacher), the student alone and the student with each --loss,
+then shows a table of parameters, accuracy and information lost. Everything lands in --output:
+checkpoints, a log of every epoch (JSON lines), results.json and curves.png. Interrupted, the same
+command goes on where it stopped and ends in the same result; what is finished is not trained again.
+
+The three lines that matter to your own loop are in methods.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import networks
+import readers
+import report
+from data import DataError, Dataset, synthetic
+from methods import METHODS, Distilled, Network, Supervised, title
+from training import Run, Settings, accuracy, fit, load_checkpoint
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, those that depend on the data filled in."""
+    summary, details = str(__doc__).split("\n", 1)
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="synthetic", help="'synthetic', a folder, an .npz or an .h5 file")
+    add("--output", type=Path, help="folder for all results (default: runs/NAME OF THE DATA)")
+    add("--teacher", type=Path, help="checkpoint of a teacher that this example trained")
+    add("--teacher-arch", choices=networks.ARCHITECTURES, default="pointnet")
+    add("--student-arch", choices=networks.ARCHITECTURES, help="default: the teacher's")
+    add("--compress", type=float, default=40, help="how many times fewer parameters (40)")
+    add(
+        "--loss",
+        nargs="+",
+        type=_method,
+        default=["fad"],
+        metavar="METHOD",
+        help=f"none, {', '.join(METHODS)}, or several of them joined by + (default: fad)",
+    )
+    add("--no-baseline", action="store_true", help="do not train the student alone")
+    add("--only", choices=["teacher"], help="stop after the teacher")
+    add("--weight", type=float, default=1.0, help="of the distillation term (1)")
+    add("--discriminator", choices=["teacher", "point", "neighborhood", "cloud"], default="teacher")
+    add("--objective", default="hinge", choices=[
+        "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
+    add("--validate", action="store_true", help="hold out a tenth of training as the test split")
+    add("--points", type=_count, help="per cloud (default: 128 synthetic, else 256)")
+    add("--epochs", type=_count, help="of the students (default: 20 synthetic, else 30)")
+    add("--teacher-epochs", type=_count, help="(default: 12 synthetic, else 30)")
+    add("--batch-size", type=_count, default=32)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--weight-decay", type=float, default=0.05)
+    add("--label-smoothing", type=float, default=0.1)
+    add("--jitter", type=float, default=0.0, help="noise on every point, standard deviation (0)")
+    add("--rotate", action="store_true", help="turn clouds about z while training")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    small = options.data == "synthetic"
+    options.points = options.points or (128 if small else 256)
+    options.epochs = options.epochs or (20 if small else 30)
+    options.teacher_epochs = options.teacher_epochs or (12 if small else 30)
+    options.student_arch = options.student_arch or options.teacher_arch
+    options.output = options.output or Path("runs") / Path(options.data).stem
+    return options
+
+
+def _method(text: str) -> str:
+    names = text.split("+")
+    unknown = [name for name in names if name not in METHODS]
+    if text != "none" and (unknown or len(set(names)) < len(names)):
+        known = ", ".join(["none", *METHODS])
+        message = f"{text!r} (choose from {known}, or join several with +)"
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        message = f"expected a positive number, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
+
+
+def load_data(options: argparse.Namespace) -> Dataset:
+    """The clouds to train and test on."""
+    if options.data == "synthetic":
+        data = synthetic(seed=options.seed)
+    else:
+        data = readers.read(
+            Path(options.data), cache=options.output, points=max(1024, options.points)
+        )
+    if options.validate:
+        data = data.validation()
+    for split in (data.train, data.test):
+        if split.points.shape[1] < options.points:
+            message = (
+                f"{options.data}: clouds have {split.points.shape[1]} points; "
+                f"--points {options.points} asks for more"
+            )
+            raise DataError(message)
+    return data
+
+
+class Experiment:
+    """Everything that the trainings share: the options, the data and where results go."""
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console = options, console
+        try:
+            self.device = torch.device(options.device)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            message = f"--device {options.device}: {str(error).splitlines()[0]}"
+            raise DataError(message) from error
+        try:
+            options.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"--output {options.output}: {error.strerror}"
+            raise DataError(message) from error
+        with console.status("reading the data"):
+            data = load_data(options)
+            self.fingerprint = data.fingerprint()
+            self.data = data.to(self.device)
+        self.rows: list[report.Row] = []
+        self.histories: dict[str, list[dict[str, float]]] = {}
+        self.screen = report.Screen(console)
+
+    def settings(self, epochs: int) -> Settings:
+        given = vars(self.options)
+        names = {field.name for field in dataclasses.fields(Settings)} - {"epochs"}
+        return Settings(epochs=epochs, **{name: given[name] for name in names & given.keys()})
+
+    def build(self, arch: str, width: float) -> Network:
+        torch.manual_seed(self.options.seed)
+        return networks.build(arch, len(self.data.classes), width).to(self.device)
+
+    def describe(self, role: str, arch: str, width: float, **more: Any) -> dict[str, Any]:
+        """What a checkpoint is named by, besides its settings."""
+        return {
+            "role": role,
+            "arch": arch,
+            "width": width,
+            "classes": len(self.data.classes),
+            "data": self.fingerprint,
+            "label_smoothing": self.options.label_smoothing,
+            **more,
+        }
+
+    def add_row(self, name: str, run: Run, network: Network) -> report.Row:
+        row = report.Row(
+            name=name,
+            checkpoint=str(run.path),
+            parameters=networks.parameters(network),
+            accuracy=run.history[-1]["test_accuracy"],
+            seconds=run.seconds,
+        )
+        self.rows.append(row)
+        self.histories[name] = run.history
+        return row
+
+    def teacher(self) -> Network:
+        """The teacher: from --teacher, or trained here, or as this command trained it before."""
+        options = self.options
+        if options.teacher:
+            return self._given_teacher(options.teacher)
+        arch = options.teacher_arch
+        settings = self.settings(options.teacher_epochs)
+        description = self.describe("teacher", arch, 1.0)
+        run = Run(options.output, f"teacher-{arch}", description, settings)
+        network = self.build(arch, 1.0)
+        objective = Supervised(network, options.label_smoothing)
+        fit(network, objective, self.data, run, self.screen)
+        self.add_row("teacher", run, network)
+        return network
+
+    def _given_teacher(self, path: Path) -> Network:
+        state = load_checkpoint(path)
+        description = state["description"]
+        if description["classes"] != len(self.data.classes):
+            message = (
+                f"{path}: the teacher knows {description['classes']} classes, "
+                f"the data has {len(self.data.classes)}"
+            )
+            raise DataError(message)
+        network = self.build(description["arch"], description["width"])
+        network.load_state_dict(state["network"])
+        run = Run(path.parent, path.stem, description, self.settings(1), state["history"])
+        row = self.add_row("teacher", run, network)
+        row.checkpoint = str(path)
+        # It may have been trained on other data or with another number of points: ask again.
+        row.accuracy = accuracy(network, self.data.test, self.options.points)
+        return network
+
+    def student(self, method: str, teacher: Network) -> None:
+        """Train one student, and compare its features with the teacher's."""
+        options, arch = self.options, self.options.student_arch
+        budget = networks.parameters(teacher) / options.compress
+        try:
+            width = networks.widest(arch, len(self.data.classes), budget)
+        except ValueError as error:
+            message = f"--compress {options.compress:g}: {error}"
+            raise DataError(message) from error
+        network = self.build(arch, width)
+        more: dict[str, Any] = {"method": method}
+        if method == "none":
+            objective = Supervised(network, options.label_smoothing)
+        else:
+            adversarial = {"discriminator": options.discriminator, "objective": options.objective}
+            objective = Distilled(
+                network,
+                teacher,
+                method,
+                weight=options.weight,
+                smoothing=options.label_smoothing,
+                **adversarial,
+            ).to(self.device)
+            more |= {"weight": options.weight, "teacher": digest(teacher)}
+            more |= adversarial if "fad" in method.split("+") else {}
+        description = self.describe("student", arch, width, **more)
+        name = f"student-{'alone' if method == 'none' else method}"
+        run = Run(options.output, name, description, self.settings(options.epochs))
+        fit(network, objective, self.data, run, self.screen)
+        row = self.add_row(title(method), run, network)
+        views = (report.pooled(net, self.data.test, options.points) for net in (network, teacher))
+        report.compare(row, *views)
+
+    def finish(self) -> None:
+        """Show the table; write the table and the plot."""
+        options, data = self.options, self.data
+        report.recover(self.rows)
+        caption = (
+            f"{data.name}: {len(data.train):,} training and {len(data.test):,} test clouds, "
+            f"{len(data.classes)} classes, {options.points} points"
+        )
+        self.console.print(report.table(self.rows, caption))
+        report.plot(options.output / "curves.png", self.histories, caption)
+        chosen = {key: str(value) for key, value in vars(options).items()}
+        content = report.results(self.rows, data=caption, torch=torch.__version__, options=chosen)
+        path = options.output / "results.json"
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        places = f"plot: {options.output / 'curves.png'}\nresults: {path}"
+        self.console.print(places, highlight=False, soft_wrap=True)
+
+
+def digest(network: Network) -> str:
+    """Eight characters that change with the weights."""
+    hashed = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        hashed.update(tensor.cpu().contiguous().numpy())
+    return hashed.hexdigest()[:8]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the example; returns the exit status."""
+    options = parse(arguments)
+    console = Console()
+    try:
+        experiment = Experiment(options, console)
+        teacher = experiment.teacher()
+        if options.only != "teacher":
+            baseline = [] if options.no_baseline else ["none"]
+            for method in dict.fromkeys([*baseline, *options.loss]):
+                experiment.student(method, teacher)
+        experiment.finish()
+    except DataError as error:
+        print(f"distill.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("distill.py: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

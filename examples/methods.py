@@ -1,0 +1,179 @@
+"""What the student learns from: the labels alone, or the teacher too, in one of several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fad_loss import FeatureAdversarialLoss, capture_features, distances, ops
+from networks import DGCNN, PointNet
+
+Network = PointNet | DGCNN
+
+
+class Supervised(nn.Module):
+    """Cross entropy with the labels."""
+
+    def __init__(self, network: nn.Module, smoothing: float = 0.1) -> None:
+        super().__init__()
+        self._network = (network,)  # in a tuple: its weights are not part of the objective's
+        self.smoothing = smoothing
+
+    def forward(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._network[0](points)
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing), logits
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {}
+
+
+class Distilled(Supervised):
+    """Cross entropy, plus terms that compare the student with the teacher on the same points.
+
+    Args:
+        student: the network to train.
+        teacher: a trained network; it is not changed.
+        method: names from `METHODS`, joined by "+".
+        weight: multiplies every term but knowledge distillation.
+        smoothing: of the labels.
+        options: for `FeatureAdversarialLoss`.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        method: str,
+        *,
+        weight: float = 1.0,
+        smoothing: float = 0.1,
+        **options: str,
+    ) -> None:
+        super().__init__(student, smoothing)
+        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._student_features = capture_features(student, student.layer)
+        self._teacher_features = capture_features(teacher, teacher.layer)
+        self._layers = (student.layer, teacher.layer)
+        self.weight = weight
+        channels = (student.channels, teacher.channels)
+        self.terms = nn.ModuleDict({
+            name: FeatureAdversarialLoss(*channels, weight=weight, **options)
+            if name == "fad"
+            else METHODS[name](*channels)
+            for name in method.split("+")
+        })  # fmt: skip
+
+    def forward(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher_logits = self._teacher[0](points)
+        loss, logits = super().forward(points, labels)
+        student = self._student_features[self._layers[0]]
+        teacher = self._teacher_features[self._layers[1]]
+        for name, term in self.terms.items():
+            if name == "kd":
+                loss = loss + term(logits, teacher_logits)
+            elif name == "fad":
+                loss = loss + term(student, teacher)
+            else:
+                loss = loss + self.weight * term(student, teacher)
+        return loss, logits
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The scores of the adversarial loss, if it takes part."""
+        if "fad" not in self.terms:
+            return {}
+        names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "accuracy")
+        values = self.terms["fad"].statistics()
+        return {f"fad_{name}": values[name] for name in names}
+
+
+class KnowledgeDistillation(nn.Module):
+    """Divergence from the teacher's softened class probabilities (Hinton et al., 2015)."""
+
+    def __init__(self, *_: int, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        guess = F.log_softmax(student / self.temperature, dim=-1)
+        target = F.log_softmax(teacher / self.temperature, dim=-1)
+        divergence = F.kl_div(guess, target, reduction="batchmean", log_target=True)
+        return self.temperature**2 * divergence
+
+
+class Matched(nn.Module):
+    """A distance between the student's adapted features and the teacher's.
+
+    Both are standardised by the mean and the spread of the teacher's features in the batch.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.adapter = nn.Linear(student_channels, teacher_channels)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(teacher.flatten(0, -2), dim=0)
+        scale = torch.rsqrt(variance + 0.01 * variance.mean() + 1e-12)
+        return self.distance((self.adapter(student) - mean) * scale, (teacher - mean) * scale)
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PooledError(Matched):
+    """Squared error of the global (max-pooled) features."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(student.amax(dim=1), teacher.amax(dim=1))
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.mse_loss(student, teacher)
+
+
+class SetDistance(Matched):
+    """A distance between sets, over at most 128 points of each cloud (they come in random order).
+
+    Divided by the number of channels, or its root, so that the weight means the same for all.
+    """
+
+    def __init__(self, name: str, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels)
+        self.name = name
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        x, y, channels = student[:, :128], teacher[:, :128], student.shape[-1]
+        if self.name == "chamfer":
+            return distances.chamfer(x, y) / channels
+        if self.name == "energy":
+            return distances.energy(x, y) / channels**0.5
+        if self.name == "mmd":
+            spread = channels**0.5  # about the distance of two standardised features
+            return distances.mmd(x, y, ops.Gaussian([0.5 * spread, spread, 2 * spread]))
+        plan = distances.sinkhorn(x, y, 0.1 * channels, max_iterations=10, tolerance=None)
+        return plan / channels
+
+
+def set_distance(name: str) -> Callable[[int, int], nn.Module]:
+    """A maker of one of the set distances."""
+    return lambda student, teacher: SetDistance(name, student, teacher)
+
+
+METHODS: dict[str, Callable[[int, int], nn.Module]] = {
+    "fad": FeatureAdversarialLoss,
+    "kd": KnowledgeDistillation,
+    "mse": PooledError,
+    **{name: set_distance(name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
+}
+TITLES = {
+    "none": "alone", "fad": "FAD", "kd": "KD", "mse": "MSE", "chamfer": "Chamfer",
+    "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
+}  # fmt: skip
+
+
+def title(method: str) -> str:
+    """What to call the row of a method."""
+    names = " + ".join(TITLES[name] for name in method.split("+"))
+    return f"student {names}" if method == "none" else f"student with {names}"

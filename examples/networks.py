@@ -1,0 +1,260 @@
+"""PointNet and DGCNN, scalable in width, written points last: ``(B, N, 3)`` in, logits out.
+
+Both are the published classifiers. Every channel count is multiplied by ``width``, which is how a
+student 40 times smaller than its teacher is found (`widest`). The module path `layer` of a network
+names the layer to distil: it puts out one feature per point, ``(B, N, channels)``, and nothing but
+pooling and the classifier follows it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Scale:
+    """Multiplies a published channel count by the width of a network."""
+
+    def __init__(self, width: float) -> None:
+        self.width = width
+
+    def __call__(self, channels: int) -> int:
+        return max(1, round(channels * self.width))
+
+
+class PointLayer(nn.Module):
+    """A linear layer shared by all points, batch norm over all of them, an activation.
+
+    The same as a 1 x 1 convolution on ``(B, C, N)``, but on ``(..., C)``: no transposes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, slope: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.norm = nn.BatchNorm1d(outputs)
+        self.activation = nn.LeakyReLU(slope) if slope else nn.ReLU()
+
+    def forward(self, points: Tensor) -> Tensor:
+        features = self.linear(points)
+        normed = self.norm(features.flatten(0, -2))
+        return self.activation(normed).unflatten(0, features.shape[:-1])
+
+
+class MaxPoolLayer(nn.Module):
+    """``max over points of norm(linear(points))``: ``(B, N, inputs)`` to ``(B, outputs)``.
+
+    The widest layer of PointNet, three times over, and most of its cost if computed as written.
+    But each output depends on one point of its cloud, and the batch statistics of a linear map
+    follow from the covariance C of its inputs (mean ``W m``, variance ``diag(W C W^T)``). So the
+    ``(B, N, outputs)`` matrix is computed once without a gradient, to find the points that win, and
+    the gradient runs through those alone. Same values, same gradients, a third of the time.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.norm = nn.BatchNorm1d(outputs)
+
+    def forward(self, points: Tensor) -> Tensor:
+        batch, count, _ = points.shape
+        flat, weight, norm = points.flatten(0, 1), self.linear.weight, self.norm
+        # Norm multiplies by its weight: where that is negative, the smallest value wins.
+        sign = torch.where(norm.weight < 0, -1.0, 1.0).to(flat.dtype).detach()
+        with torch.no_grad():
+            scores = ((weight * sign.unsqueeze(-1)) @ flat.t()).unflatten(1, (batch, count))
+        if torch.is_grad_enabled():
+            winner = scores.argmax(dim=-1) + torch.arange(batch, device=flat.device) * count
+            won = F.embedding(winner, flat)  # (outputs, B, inputs)
+            pooled = torch.bmm(won, weight.unsqueeze(-1)).squeeze(-1).t()
+        else:
+            pooled = scores.amax(dim=-1).t() * sign
+        mean, variance = self._statistics(flat)
+        scale = norm.weight * torch.rsqrt(variance + norm.eps)
+        return (pooled - mean) * scale + norm.bias
+
+    def _statistics(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every output, over this batch or the running ones."""
+        norm, weight = self.norm, self.linear.weight
+        if not self.training:
+            return norm.running_mean, norm.running_var
+        center = flat.mean(dim=0)
+        centered = flat - center
+        covariance = centered.t() @ centered / len(flat)
+        mean, variance = weight @ center, ((weight @ covariance) * weight).sum(dim=-1)
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * (len(flat) / (len(flat) - 1)), norm.momentum)
+        return mean, variance
+
+
+class TransformNet(nn.Module):
+    """PointNet's T-net: predicts a C x C matrix from the whole cloud and applies it to each point.
+
+    The last layer starts at zero with the identity added, so training starts from "no transform".
+    """
+
+    def __init__(self, channels: int, scale: Scale) -> None:
+        super().__init__()
+        self.channels = channels
+        self.points = nn.Sequential(
+            PointLayer(channels, scale(64)),
+            PointLayer(scale(64), scale(128)),
+            MaxPoolLayer(scale(128), scale(1024)),
+            nn.ReLU(),
+        )
+        self.cloud = nn.Sequential(
+            PointLayer(scale(1024), scale(512)), PointLayer(scale(512), scale(256))
+        )
+        self.matrix = nn.Linear(scale(256), channels * channels)
+        nn.init.zeros_(self.matrix.weight)
+        nn.init.zeros_(self.matrix.bias)
+
+    def forward(self, points: Tensor) -> Tensor:
+        offset = self.matrix(self.cloud(self.points(points)))
+        offset = offset.unflatten(-1, (self.channels, self.channels))
+        return torch.baddbmm(points, points, offset)  # x (I + A), without building I
+
+
+class PointNet(nn.Module):
+    """PointNet (Qi et al., CVPR 2017): both T-nets, 3.5 M parameters for 40 classes at width 1.
+
+    Args:
+        classes: number of classes.
+        width: multiplies every channel count.
+
+    Shape:
+        ``(B, N, 3)`` to logits ``(B, classes)``.
+    """
+
+    layer = "encoder"
+
+    def __init__(self, classes: int, width: float = 1.0) -> None:
+        super().__init__()
+        scale = Scale(width)
+        self.channels = scale(128)
+        self.input_transform = TransformNet(3, scale)
+        self.local = nn.Sequential(PointLayer(3, scale(64)), PointLayer(scale(64), scale(64)))
+        self.feature_transform = TransformNet(scale(64), scale)
+        self.encoder = nn.Sequential(
+            PointLayer(scale(64), scale(64)), PointLayer(scale(64), scale(128))
+        )
+        self.embedding = MaxPoolLayer(scale(128), scale(1024))
+        self.classifier = nn.Sequential(
+            PointLayer(scale(1024), scale(512)),
+            PointLayer(scale(512), scale(256)),
+            nn.Dropout(0.3),
+            nn.Linear(scale(256), classes),
+        )
+
+    def forward(self, points: Tensor) -> Tensor:
+        local = self.local(self.input_transform(points))
+        return self.classifier(self.embedding(self.encoder(self.feature_transform(local))))
+
+
+class EdgeConv(nn.Module):
+    """EdgeConv: max over each point's neighbours of ``h(x_j - x_i, x_i)``, h a linear layer.
+
+    ``W [x_j - x_i, x_i] = A x_j + (B - A) x_i``: two linear maps per point and a gather give the
+    same as one linear map per edge, at a fraction of the cost.
+    """
+
+    def __init__(self, inputs: int, outputs: int, neighbors: int) -> None:
+        super().__init__()
+        self.neighbors = neighbors
+        self.neighbor = nn.Linear(inputs, outputs, bias=False)
+        self.center = nn.Linear(inputs, outputs, bias=False)
+        self.norm = nn.BatchNorm1d(outputs)
+        self.activation = nn.LeakyReLU(0.2)
+
+    def forward(self, points: Tensor) -> Tensor:
+        from fad_loss import ops  # noqa: PLC0415
+
+        batch, count, _ = points.shape
+        neighbors = min(self.neighbors, count)
+        _, index = ops.knn(points.detach(), points.detach(), neighbors)
+        start = torch.arange(batch, device=points.device).view(batch, 1, 1) * count
+        gathered = F.embedding((index + start).flatten(0, 1), self.neighbor(points).flatten(0, 1))
+        edges = gathered + self.center(points).flatten(0, 1).unsqueeze(1)
+        normed = self.activation(self.norm(edges.flatten(0, 1)))
+        pooled = normed.unflatten(0, (batch * count, neighbors)).max(dim=1).values
+        return pooled.unflatten(0, (batch, count))
+
+
+class DGCNN(nn.Module):
+    """DGCNN (Wang et al., TOG 2019): 1.8 M parameters for 40 classes at width 1.
+
+    Args:
+        classes: number of classes.
+        width: multiplies every channel count.
+        neighbors: edges per point, found anew in the feature space of every layer; all points if
+            the cloud has fewer.
+
+    Shape:
+        ``(B, N, 3)`` to logits ``(B, classes)``.
+    """
+
+    layer = "embedding"
+
+    def __init__(self, classes: int, width: float = 1.0, neighbors: int = 20) -> None:
+        super().__init__()
+        scale = Scale(width)
+        self.channels = scale(1024)
+        sizes = [3, scale(64), scale(64), scale(128), scale(256)]
+        self.edges = nn.ModuleList(
+            EdgeConv(inputs, outputs, neighbors) for inputs, outputs in itertools.pairwise(sizes)
+        )
+        self.embedding = PointLayer(sum(sizes[1:]), scale(1024), slope=0.2)
+        self.classifier = nn.Sequential(
+            PointLayer(2 * scale(1024), scale(512), slope=0.2),
+            nn.Dropout(0.5),
+            PointLayer(scale(512), scale(256), slope=0.2),
+            nn.Dropout(0.5),
+            nn.Linear(scale(256), classes),
+        )
+
+    def forward(self, points: Tensor) -> Tensor:
+        levels = []
+        for edge in self.edges:
+            points = edge(points)
+            levels.append(points)
+        features = self.embedding(torch.cat(levels, dim=-1))
+        pooled = torch.cat([features.max(dim=1).values, features.mean(dim=1)], dim=-1)
+        return self.classifier(pooled)
+
+
+ARCHITECTURES: dict[str, type[PointNet | DGCNN]] = {"pointnet": PointNet, "dgcnn": DGCNN}
+
+
+def build(arch: str, classes: int, width: float = 1.0) -> PointNet | DGCNN:
+    """A fresh network of the named architecture."""
+    return ARCHITECTURES[arch](classes, width)
+
+
+def parameters(network: nn.Module) -> int:
+    """How many trainable numbers a network has."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def widest(arch: str, classes: int, budget: float, steps: int = 1024) -> float:
+    """The largest width, in steps of ``1 / steps``, at which a network fits `budget` parameters.
+
+    Raises:
+        ValueError: even the narrowest network is larger.
+    """
+
+    def fits(step: int) -> bool:
+        with torch.device("meta"):
+            return parameters(build(arch, classes, step / steps)) <= budget
+
+    if not fits(1):
+        message = f"no {arch} for {classes} classes has as few as {int(budget):,} parameters"
+        raise ValueError(message)
+    low, high = 1, 8 * steps
+    while high - low > 1:  # the number of parameters grows with the width: bisect
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low / steps

@@ -1,0 +1,217 @@
+"""One training loop for all networks, resumable after any epoch to the same result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from data import Clouds, DataError, Dataset, augment, subsample
+
+Record: TypeAlias = dict[str, float]
+
+
+class Objective(Protocol):
+    """What is minimised: an `nn.Module` that runs the network on a batch."""
+
+    def __call__(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the logits."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What to log of the latest batch."""
+
+
+class Watcher(Protocol):
+    """Who is told how a training proceeds."""
+
+    def begin(self, name: str, epochs: int, steps: int, history: list[Record]) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, record: Record) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, besides the data and the networks, decides the result of a training."""
+
+    epochs: int
+    points: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    clip: float = 5.0
+    jitter: float = 0.0
+    rotate: bool = False
+    seed: int = 0
+
+    def rate(self, progress: float) -> float:
+        """The learning rate: a linear warm-up, then a cosine to zero; `progress` in epochs."""
+        warmup = min(self.warmup_epochs, self.epochs / 2)
+        if progress < warmup:
+            return self.learning_rate * (progress + 1e-3) / warmup
+        share = (progress - warmup) / (self.epochs - warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+    def epoch_seed(self, epoch: int) -> int:
+        """Every random number of an epoch follows from this, so there is no state to save."""
+        return int(hashlib.sha256(f"{self.seed}/{epoch}".encode()).hexdigest()[:12], 16)
+
+
+@dataclass
+class Run:
+    """A training on disk: a checkpoint, named by everything that decides its result.
+
+    The same settings find the same file: finished, it is loaded; half-way, it is continued.
+    """
+
+    folder: Path
+    name: str
+    description: dict[str, Any]
+    settings: Settings
+    history: list[Record] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint is."""
+        everything = json.dumps({**self.description, **asdict(self.settings)}, sort_keys=True)
+        digest = hashlib.sha256(everything.encode()).hexdigest()[:8]
+        return self.folder / f"{self.name}-{digest}.pt"
+
+    @property
+    def seconds(self) -> float:
+        """How long the training took, interruptions not counted."""
+        return sum(record["seconds"] for record in self.history)
+
+    def save(self, **parts: Any) -> None:
+        """Write checkpoint and log such that an interruption leaves the old or the new behind."""
+        description = {"description": self.description, "settings": asdict(self.settings)}
+        partial = self.path.with_suffix(".partial")
+        torch.save({"format": 1, **description, "history": self.history, **parts}, partial)
+        partial.replace(self.path)
+        lines = "".join(json.dumps(record) + "\n" for record in self.history)
+        partial.write_text(lines, encoding="utf-8")
+        partial.replace(self.path.with_suffix(".jsonl"))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that this example wrote.
+
+    Raises:
+        DataError: there is none, or it is something else.
+    """
+    if not path.is_file():
+        message = f"{path}: no such checkpoint"
+        raise DataError(message)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        message = f"{path}: not a readable checkpoint ({reason[0]})"
+        raise DataError(message) from error
+    if not isinstance(state, dict) or not {"description", "network", "history"} <= state.keys():
+        message = f"{path}: not a checkpoint of this example (expected description and network)"
+        raise DataError(message)
+    return state
+
+
+def batches(labels: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of shuffled batches of equal size; what is left over waits for the next epoch."""
+    order = torch.randperm(len(labels), generator=generator, device=labels.device)
+    for start in range(0, len(labels) - size + 1, size):
+        yield order[start : start + size]
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, clouds: Clouds, points: int, batch_size: int = 128) -> float:
+    """The share of clouds classified correctly, by the first `points` points of each."""
+    network.eval()
+    right = torch.zeros((), dtype=torch.int64, device=clouds.labels.device)
+    for start in range(0, len(clouds), batch_size):
+        batch = slice(start, start + batch_size)
+        guess = network(clouds.points[batch, :points]).argmax(dim=-1)
+        right += (guess == clouds.labels[batch]).sum()
+    return right.item() / len(clouds)
+
+
+def fit(network: nn.Module, objective: Objective, data: Dataset, run: Run, watch: Watcher) -> None:
+    """Train a network (and what the objective has to train), from wherever its run stands.
+
+    The checkpoint of every epoch holds the weights, the optimizer and the objective's state, and
+    the rest follows from the seed and the number of the epoch: a training that was interrupted and
+    continued ends in the same weights as one that was not.
+
+    Raises:
+        DataError: the checkpoint is broken, or the loss is no longer finite.
+    """
+    settings, device = run.settings, data.train.labels.device
+    trained = nn.ModuleDict({"network": network, "objective": objective})
+    # The settings set the rate before each step; 1.0 here is never used.
+    optimizer = torch.optim.AdamW(
+        trained.parameters(), 1.0, weight_decay=settings.weight_decay, fused=device.type != "mps"
+    )
+    if run.path.exists():
+        state = load_checkpoint(run.path)
+        run.history = state["history"]
+        network.load_state_dict(state["network"])
+        objective.load_state_dict(state["loss"])
+        optimizer.load_state_dict(state["optimizer"])
+    run.folder.mkdir(parents=True, exist_ok=True)
+    batch_size = min(settings.batch_size, len(data.train))
+    steps = len(data.train) // batch_size
+    watch.begin(run.name, settings.epochs, steps, run.history)
+    for epoch in range(len(run.history), settings.epochs):
+        started = time.perf_counter()
+        torch.manual_seed(settings.epoch_seed(epoch))
+        generator = torch.Generator(device).manual_seed(settings.epoch_seed(epoch))
+        trained.train()
+        losses, right = [], torch.zeros((), dtype=torch.int64, device=device)
+        logged: list[dict[str, Tensor]] = []
+        for step, index in enumerate(batches(data.train.labels, batch_size, generator)):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(epoch + step / steps)
+            batch = data.train.select(index)
+            points = subsample(batch.points, settings.points, generator)
+            points = augment(points, generator, jitter=settings.jitter, rotate=settings.rotate)
+            loss, logits = objective(points, batch.labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+            optimizer.step()
+            losses.append(loss.detach())
+            right += (logits.argmax(dim=-1) == batch.labels).sum()
+            if step % max(1, steps // 20) == 0:
+                logged.append(objective.statistics())
+            watch.step()
+        record = {
+            "epoch": epoch + 1,
+            "loss": torch.stack(losses).mean().item(),
+            "learning_rate": settings.rate(epoch),
+            "train_accuracy": right.item() / (steps * batch_size),
+            "test_accuracy": accuracy(network, data.test, settings.points),
+            **{k: torch.stack([v[k] for v in logged]).double().mean().item() for k in logged[0]},
+        }
+        if not math.isfinite(record["loss"]):
+            message = (
+                f"{run.name}: the loss is {record['loss']} in epoch {epoch + 1}; "
+                "try a lower --learning-rate"
+            )
+            raise DataError(message)
+        record["seconds"] = time.perf_counter() - started
+        run.history.append(record)
+        run.save(
+            network=network.state_dict(),
+            loss=objective.state_dict(),
+            optimizer=optimizer.state_dict(),
+        )
+        watch.epoch(record)
+    watch.end()

@@ -1,0 +1,371 @@
+"""The main job, tiny: networks, training, interruption, and the command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+pytest.importorskip("matplotlib")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import data  # noqa: E402
+import distill  # noqa: E402
+import methods  # noqa: E402
+import networks  # noqa: E402
+import report  # noqa: E402
+import training  # noqa: E402
+
+ARCHITECTURES = list(networks.ARCHITECTURES)
+TINY = ["--points", "16", "--epochs", "2", "--teacher-epochs", "2", "--compress", "20"]
+
+
+@pytest.fixture(scope="module")
+def clouds(tmp_path_factory):
+    """A file of three classes, told apart by their proportions."""
+    random = np.random.default_rng(0)
+    sizes = np.array([[1, 1, 1], [3, 1, 1], [1, 3, 1]])
+    labels = np.arange(60) % 3
+    points = random.normal(size=(60, 24, 3)) * sizes[labels][:, None]
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, points=points.astype(np.float32), labels=labels)
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(clouds, tmp_path_factory):
+    """A checkpoint of a trained teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    assert (
+        distill.main(["--data", str(clouds), "--output", str(folder), *TINY, "--only", "teacher"])
+        == 0
+    )
+    (path,) = folder.glob("teacher-*.pt")
+    return path
+
+
+# ------------------------------------------------------------------------------------ networks
+
+
+@pytest.mark.parametrize("arch, millions", [("pointnet", 3.5), ("dgcnn", 1.8)])
+def test_networks_have_their_published_size(arch, millions):
+    size = networks.parameters(networks.build(arch, 40))
+    assert size / 1e6 == pytest.approx(millions, abs=0.05)
+    width = networks.widest(arch, 40, size / 40)
+    student, wider = (networks.build(arch, 40, w) for w in (width, width + 1 / 32))
+    assert 0.95 * size / 40 < networks.parameters(student) <= size / 40
+    assert networks.parameters(wider) > size / 40
+
+
+def test_no_network_is_small_enough():
+    with pytest.raises(ValueError, match="no pointnet for 40 classes has as few as 10 parameters"):
+        networks.widest("pointnet", 40, 10)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_networks_do_not_see_the_order_of_points(arch):
+    network = networks.build(arch, 5, 0.25).double().eval()
+    points = torch.randn(3, 40, 3, dtype=torch.float64)
+    order = torch.randperm(40)
+    assert torch.allclose(network(points), network(points[:, order]), atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_distilled_layer_has_a_feature_per_point(arch):
+    network = networks.build(arch, 5, 0.25)
+    with methods.capture_features(network, network.layer) as features:
+        assert network(torch.randn(2, 30, 3)).shape == (2, 5)
+        assert features[network.layer].shape == (2, 30, network.channels)
+
+
+def test_dgcnn_takes_clouds_smaller_than_its_neighborhoods():
+    assert networks.build("dgcnn", 5, 0.25)(torch.randn(2, 7, 3)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_max_pool_layer_is_linear_norm_and_max(mode):
+    layer = networks.MaxPoolLayer(5, 7).double().train(mode)
+    with torch.no_grad():
+        layer.norm.weight.copy_(torch.linspace(-1, 1, 7))
+        layer.norm.running_mean.normal_()
+    weights = [layer.linear.weight, layer.norm.weight, layer.norm.bias]
+    points = torch.randn(4, 9, 5, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(4, 7, dtype=torch.float64)
+
+    mean, variance = layer.norm.running_mean.clone(), layer.norm.running_var.clone()
+    flat = layer.linear(points).flatten(0, 1)
+    normed = F.batch_norm(flat, mean, variance, *weights[1:], training=mode, momentum=0.1)
+    expected = normed.unflatten(0, (4, 9)).max(dim=1).values
+    wanted = torch.autograd.grad((expected * cotangent).sum(), [points, *weights])
+
+    output = layer(points)
+    got = torch.autograd.grad((output * cotangent).sum(), [points, *weights])
+    for a, b in zip([output, *got], [expected, *wanted], strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(layer.norm.running_mean, mean)
+    torch.testing.assert_close(layer.norm.running_var, variance)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(points), layer.eval()(points.requires_grad_()))
+
+
+def test_edge_conv_is_a_linear_layer_on_edges():
+    layer = networks.EdgeConv(3, 6, neighbors=4).double()
+    points = torch.randn(2, 10, 3, dtype=torch.float64)
+    index = torch.cdist(points, points).topk(4, largest=False).indices
+    neighbors = points[torch.arange(2)[:, None, None], index]
+    centers = points.unsqueeze(2).expand_as(neighbors)
+    a, b = layer.neighbor.weight, layer.center.weight
+    weight = torch.cat([a, a + b], dim=1)  # W [x_j - x_i, x_i], so its second half is A + B
+    edges = torch.cat([neighbors - centers, centers], dim=-1) @ weight.T
+    normed = layer.norm(edges.flatten(0, 2)).unflatten(0, edges.shape[:3])
+    expected = F.leaky_relu(normed, 0.2).max(dim=2).values
+    torch.testing.assert_close(layer(points), expected)
+
+
+# ------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, "fad+kd", "mse+kd"])
+def test_every_method_teaches_the_student_and_leaves_the_teacher(method):
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    objective = methods.Distilled(student, teacher, method)
+    objective.train()
+    loss, logits = objective(torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0]))
+    loss.backward()
+    assert logits.shape == (4, 3)
+    alone = F.cross_entropy(logits, torch.tensor([0, 1, 2, 0]), label_smoothing=0.1)
+    assert loss > alone
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+    assert student.local[0].linear.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not teacher.training
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert ("fad_fake_score" in objective.statistics()) == ("fad" in method)
+    assert not any("teacher.local" in name for name in objective.state_dict())
+
+
+@pytest.mark.parametrize("method", ["mse", "chamfer", "energy", "mmd", "sinkhorn"])
+def test_distances_are_least_for_the_teachers_own_features(method):
+    term = methods.METHODS[method](6, 6)
+    with torch.no_grad():
+        term.adapter.weight.copy_(torch.eye(6))
+        term.adapter.bias.zero_()
+    teacher = torch.randn(3, 20, 6)
+    assert term(teacher, teacher).abs() < 1e-4
+    assert term(teacher + 1, teacher) > 0.1
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+class Silent:
+    """Watches, and interrupts after so many epochs."""
+
+    def __init__(self, stop=None):
+        self.stop = stop
+
+    def begin(self, name, epochs, steps, history): ...
+
+    def step(self): ...
+
+    def epoch(self, record):
+        if record["epoch"] == self.stop:
+            raise KeyboardInterrupt
+
+    def end(self): ...
+
+
+def train(folder, method, watch, discriminator="teacher"):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(24, 20, 3, generator=generator)
+    split = data.Clouds(points, torch.arange(24) % 3)
+    clouds = data.Dataset("tiny", split, split, ["a", "b", "c"])
+    torch.manual_seed(0)
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("dgcnn", 3, 0.1)
+    objective = methods.Supervised(student)
+    if method != "none":
+        objective = methods.Distilled(student, teacher, method, discriminator=discriminator)
+    settings = training.Settings(epochs=3, points=16, batch_size=8, jitter=0.01, rotate=True)
+    run = training.Run(folder, method, {}, settings)
+    training.fit(student, objective, clouds, run, watch)
+    return run
+
+
+@pytest.mark.parametrize(
+    "method, discriminator", [("none", "teacher"), ("fad", "teacher"), ("fad+kd", "cloud")]
+)
+def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path, method, discriminator):
+    whole = train(tmp_path / "whole", method, Silent(), discriminator)
+    for stop in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", method, Silent(stop), discriminator)
+    parts = train(tmp_path / "parts", method, Silent(), discriminator)
+    first, second = (training.load_checkpoint(run.path) for run in (whole, parts))
+    for part in ("network", "loss"):
+        assert first[part].keys() == second[part].keys()
+        for name, value in first[part].items():
+            same = torch.equal(value, second[part][name]) if torch.is_tensor(value) else True
+            assert same, name
+    for record, again in zip(first["history"], second["history"], strict=True):
+        assert {**record, "seconds": 0} == {**again, "seconds": 0}
+    lines = parts.path.with_suffix(".jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_checkpoints_are_named_by_what_decides_the_result(tmp_path):
+    settings = training.Settings(epochs=1, points=8)
+    runs = [
+        training.Run(tmp_path, "a", {"data": "x"}, settings),
+        training.Run(tmp_path, "a", {"data": "y"}, settings),
+        training.Run(tmp_path, "a", {"data": "x"}, training.Settings(epochs=1, points=8, seed=1)),
+    ]
+    assert len({run.path for run in runs}) == 3
+    assert runs[0].path == training.Run(tmp_path, "a", {"data": "x"}, settings).path
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    settings = training.Settings(epochs=10, points=8)
+    rates = [settings.rate(progress) for progress in (0, 0.5, 1, 5.5, 10)]
+    assert rates == pytest.approx([1e-6, 5e-4, 1e-3, 5e-4, 0], abs=2e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    class Broken(methods.Supervised):
+        def forward(self, points, labels):
+            loss, logits = super().forward(points, labels)
+            return loss * torch.nan, logits
+
+    split = data.Clouds(torch.randn(8, 8, 3), torch.arange(8) % 2)
+    clouds = data.Dataset("tiny", split, split, ["a", "b"])
+    network = networks.build("pointnet", 2, 0.1)
+    run = training.Run(tmp_path, "x", {}, training.Settings(epochs=1, points=8, batch_size=4))
+    with pytest.raises(data.DataError, match="the loss is nan in epoch 1"):
+        training.fit(network, Broken(network), clouds, run, Silent())
+    assert not run.path.exists()
+
+
+# ------------------------------------------------------------------------------------- command
+
+
+def test_the_whole_job(clouds, tmp_path, capsys):
+    command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--loss", "fad", "kd"]
+    assert distill.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "parameters" in shown
+    assert "recovered" in shown or "information" in shown
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    written = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["name"]: row for row in written["rows"]}
+    assert list(rows) == ["teacher", "student alone", "student with FAD", "student with KD"]
+    for name, row in rows.items():
+        assert 0 <= row["accuracy"] <= 1
+        assert Path(row["checkpoint"]).is_file()
+        if name != "teacher":
+            assert 20 * row["parameters"] <= rows["teacher"]["parameters"]
+            assert 0 <= row["information_lost"] <= 1
+    logs = [
+        json.loads(x)
+        for x in next(tmp_path.glob("student-fad-*.jsonl")).read_text().split("\n")[:-1]
+    ]
+    assert {"loss", "test_accuracy", "fad_real_score", "fad_fake_score"} <= logs[0].keys()
+
+    # Once more: nothing is trained again, and the numbers are the same.
+    assert distill.main(command) == 0
+    assert capsys.readouterr().out.count("already trained") == 4
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == written["rows"]
+
+
+def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, capsys):
+    command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--student-arch", "dgcnn"]
+    command += ["--teacher", str(teacher), "--epochs", "1", "--no-baseline", "--validate"]
+    command += ["--discriminator", "cloud", "--objective", "relativistic", "--compress", "60"]
+    assert distill.main(command) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "student with FAD"]
+    assert not list(tmp_path.glob("teacher-*.pt"))
+    assert "(validation)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--data", "absent"], "absent: no such file or folder"),
+        (["--points", "99"], "clouds have 24 points; --points 99 asks for more"),
+        (["--teacher", "absent.pt"], "absent.pt: no such checkpoint"),
+        (["--teacher", "{clouds}"], "not a readable checkpoint"),
+        (["--teacher", "{other}"], "not a checkpoint of this example"),
+        (["--device", "nonsense"], "--device nonsense: "),
+        (["--output", "{clouds}/inside"], "--output "),
+        (["--compress", "1e6", "--teacher", "{teacher}"], "has as few as 3 parameters"),
+    ],
+)
+def test_one_clear_line(clouds, teacher, tmp_path, capsys, options, message):
+    other = tmp_path / "other.pt"
+    torch.save({"weights": torch.zeros(2)}, other)
+    places = {"clouds": clouds, "other": other, "teacher": teacher}
+    given = [option.format(**places) for option in options]
+    command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--no-baseline", *given]
+    assert distill.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("distill.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_teacher_of_other_classes(teacher, tmp_path, capsys):
+    path = tmp_path / "two.npz"
+    np.savez(
+        path, points=np.random.default_rng(0).normal(size=(20, 16, 3)), labels=np.arange(20) % 2
+    )
+    command = ["--data", str(path), "--output", str(tmp_path), "--teacher", str(teacher), *TINY]
+    assert distill.main(command) == 2
+    assert "the teacher knows 3 classes, the data has 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--loss", "magic"], ["--loss", "kd+kd"], ["--points", "0"], ["--epochs", "two"]]
+)
+def test_wrong_options(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        distill.main(options)
+    assert caught.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_interruption_by_the_user(clouds, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "fit", interrupt)
+    assert distill.main(["--data", str(clouds), "--output", str(tmp_path), *TINY]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_progress_on_a_terminal(capsys):
+    screen = report.Screen(Console(force_terminal=True, width=120))
+    record = {
+        "epoch": 2.0,
+        "loss": 1.0,
+        "train_accuracy": 0.5,
+        "test_accuracy": 0.4,
+        "seconds": 1.0,
+    }
+    screen.begin("student", 3, 2, [record])
+    for _ in range(2):
+        screen.step()
+    screen.epoch(record)
+    screen.end()
+    shown = capsys.readouterr().out
+    assert "continued after epoch 1" in shown
+    assert "test 40.0 %" in shown
