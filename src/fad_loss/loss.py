@@ -274,7 +274,8 @@ class FeatureAdversarialLoss(nn.Module):
         if self.warmup_steps:
             weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1).to(loss.dtype)
         if self._updating:
-            self.steps.add_(1)
+            # Not in place: a compiled backward may compute the weight again, from what it was here.
+            self.steps = self.steps + 1
         self._log(student_loss=loss, weight=weight, fake_score=cloud_mean(scores).mean())
         return weight * loss, scores.detach()
 
@@ -411,8 +412,9 @@ class FeatureAdversarialLoss(nn.Module):
         with torch.no_grad():
             bad = sum((~torch.isfinite(_flat(t))).sum() for t in (fake, real))
             self._log(non_finite=bad.to(self._logged.dtype))  # type: ignore[union-attr]
+        kind = self._discriminator_dtype(dtype)
         if not self.normalize:
-            return fake, real, labels
+            return fake.to(kind), real.to(kind), labels
         if self._updating:
             self._observe(real)
         variance = self.teacher_variance
@@ -421,9 +423,16 @@ class FeatureAdversarialLoss(nn.Module):
         mean = self.teacher_mean.to(dtype)
 
         def standardise(values: Tensor) -> Tensor:
-            return (values - mean) * scale
+            return ((values - mean) * scale).to(kind)
 
         return pointwise(standardise, fake), pointwise(standardise, real), labels
+
+    def _discriminator_dtype(self, default: torch.dtype) -> torch.dtype:
+        """What the discriminator's layers take, if it has any: float64 features meet float32 ones."""
+        for t in (*self.discriminator.parameters(), *self.discriminator.buffers()):
+            if t.is_floating_point():
+                return t.dtype
+        return default
 
     def _check_features(self, fake: Tensor, real: Tensor, student: Tensor, teacher: Tensor) -> None:
         for name, t, given, channels in (

@@ -133,7 +133,7 @@ class TeacherDiscriminator(nn.Module):
             One score per point, `(B, N)` or ragged.
 
         Raises:
-            ValueError: no reference, or a cloud with fewer than two points.
+            ValueError: no reference, one of other clouds, or a cloud with fewer than two points.
         """
         if reference is None:
             message = (
@@ -145,6 +145,7 @@ class TeacherDiscriminator(nn.Module):
         for name, cloud in (("features", features), ("reference", reference), ("student", student)):
             if cloud is not None:
                 _check_points(name, cloud)
+                _check_clouds(name, cloud, features)
         t = self._embed(reference.detach())
         s = self._embed((features if student is None else student).detach())
         z = self._embed(features)
@@ -196,6 +197,15 @@ def _check_points(name: str, cloud: Tensor) -> None:
             f"{name}: TeacherDiscriminator estimates densities from the points of a cloud and "
             f"needs at least 2, got {describe(cloud)}; compare per-point features, or global "
             f"features (B, C) of at least 2 clouds"
+        )
+        raise ValueError(message)
+
+
+def _check_clouds(name: str, cloud: Tensor, features: Tensor) -> None:
+    if cloud.shape[0] != features.shape[0]:
+        message = (
+            f"{name}: expected the same clouds as features, got {describe(cloud)} for "
+            f"{describe(features)}; feed both the same batch"
         )
         raise ValueError(message)
 
