@@ -428,7 +428,7 @@ class FeatureAdversarialLoss(nn.Module):
         return pointwise(standardise, fake), pointwise(standardise, real), labels
 
     def _discriminator_dtype(self, default: torch.dtype) -> torch.dtype:
-        """What the discriminator's layers take, if it has any: float64 features meet float32 ones."""
+        """What the discriminator's layers take, if it has any."""
         for t in (*self.discriminator.parameters(), *self.discriminator.buffers()):
             if t.is_floating_point():
                 return t.dtype
