@@ -99,7 +99,7 @@ def shuffled(points: np.ndarray) -> np.ndarray:
     return np.take_along_axis(points, order[..., None], axis=1)
 
 
-def synthetic(train: int = 50, test: int = 20, points: int = 512, seed: int = 0) -> Dataset:
+def synthetic(train: int = 30, test: int = 12, points: int = 512, seed: int = 0) -> Dataset:
     """Shapes of the 40 classes of `catalog`, so many of each for training and for testing.
 
     As a scanner would see them: turned by up to 15 degrees, part of the surface missing, noise of

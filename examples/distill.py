@@ -61,8 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
     add("--validate", action="store_true", help="hold out a tenth of training as the test split")
-    add("--points", type=_count, help="per cloud (default: 128 synthetic, else 256)")
-    add("--epochs", type=_count, help="of the students (default: 20 synthetic, else 30)")
+    add("--points", type=_count, help="per cloud (default: 64 synthetic, else 256)")
+    add("--epochs", type=_count, help="of the students (default: 18 synthetic, else 30)")
     add("--teacher-epochs", type=_count, help="(default: 12 synthetic, else 30)")
     add("--batch-size", type=_count, default=32)
     add("--learning-rate", type=float, default=1e-3)
@@ -74,8 +74,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     small = options.data == "synthetic"
-    options.points = options.points or (128 if small else 256)
-    options.epochs = options.epochs or (20 if small else 30)
+    options.points = options.points or (64 if small else 256)
+    options.epochs = options.epochs or (18 if small else 30)
     options.teacher_epochs = options.teacher_epochs or (12 if small else 30)
     options.student_arch = options.student_arch or options.teacher_arch
     options.output = options.output or Path("runs") / Path(options.data).stem
@@ -102,7 +102,7 @@ def _count(text: str) -> int:
 def load_data(options: argparse.Namespace) -> Dataset:
     """The clouds to train and test on."""
     if options.data == "synthetic":
-        data = synthetic(seed=options.seed)
+        data = synthetic(points=max(512, options.points), seed=options.seed)
     else:
         data = readers.read(
             Path(options.data), cache=options.output, points=max(1024, options.points)
