@@ -131,7 +131,8 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     points = y.reshape(-1, y.shape[-1])
     found = index >= 0
     if points.shape[0] == 0 or x.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(y), *[None] * 5
+        # Multiplied rather than created, so that this can be differentiated again like any other.
+        return x * 0, y * 0, *[None] * 5
     flat = absolute_index(index, y, x_offsets, y_offsets).clamp_max(points.shape[0] - 1).reshape(-1)
     chosen = points.index_select(0, flat).view(*index.shape, -1)
     # The gradient has the wide dtype of the distance, and so must the difference.

@@ -256,7 +256,9 @@ class _Probabilities:
             z = self.out[:, rows, e, None] - d
             if self.h is not None:
                 z.add_(self.h[:, e, :, columns])
-            p = z.mul_(1 / eps).exp_()
+            # Probabilities are at most 1. The rounding of large potentials, divided by a small
+            # temperature, would otherwise take them to infinity.
+            p = z.mul_(1 / eps).clamp_(max=0).exp_()
             if self.exclude_self:
                 own_pairs(p, rows, columns).zero_()
             tiles.append(p)
