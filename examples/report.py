@@ -132,20 +132,18 @@ def recover(rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row], caption: str) -> Table:
     """The final table."""
     made = Table(caption=caption)
-    made.add_column("network")
-    columns = ("parameters", "accuracy", "gap recovered", "information lost", "time")
+    made.add_column("network", no_wrap=True)
+    columns = ("parameters", "accuracy", "gap\nrecovered", "information\nlost", "min:s")
     for column in columns:
-        made.add_column(column, justify="right")
+        made.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        ratio = rows[0].parameters / row.parameters
-        size = f"{row.parameters:,}" + (f" (1/{ratio:.1f})" if row is not rows[0] else "")
         shares = (row.gap_recovered, row.information_lost)
         made.add_row(
             row.name,
-            size,
+            f"{row.parameters:,}",
             f"{100 * row.accuracy:.2f} %",
             *("" if share is None else f"{100 * share:.1f} %" for share in shares),
-            f"{int(row.seconds) // 60}:{int(row.seconds) % 60:02d} min",
+            f"{int(row.seconds) // 60}:{int(row.seconds) % 60:02d}",
         )
     return made
 
