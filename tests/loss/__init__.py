@@ -1,0 +1,1 @@
+"""The loss as a whole: what it returns, who gets which gradient, and where it runs."""

@@ -1,0 +1,42 @@
+"""Two processes with half the batch each are one process with the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from .distributed_worker import GAMES, Step, batch, train, work
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ddp"))
+    mp.spawn(work, args=(folder,), nprocs=2)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_processes_agree(results, game):
+    first, second = (r[game] for r in results)
+    for key, value in first.items():
+        # Each rank keeps count, logs and statistics of its own batch between the broadcasts.
+        if key.startswith("student") or "adapter" in key or "original" in key or "bias" in key:
+            assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("game", [g for g in GAMES if not GAMES[g]["normalize"]])
+def test_the_same_numbers_as_from_one_process(results, game):
+    step = Step(game)
+    train(step, *batch())
+    trained = dict(step.named_parameters())
+    for key, value in trained.items():
+        torch.testing.assert_close(results[0][game][key], value.detach())
+    untouched = Step(game)
+    assert all(not torch.equal(p, trained[k]) for k, p in untouched.named_parameters())
+
+
+def test_standardised_by_the_statistics_of_each_rank_it_trains(results):
+    state = results[0]["point, standardised"]
+    assert state["fad.batches"] == 3
+    assert all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor))
