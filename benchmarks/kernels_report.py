@@ -1,9 +1,9 @@
 """What the kernels compile to, for GPUs that need not be there: registers, spills, instructions.
 
-Every kernel of `fad_loss.ops._triton` and every entry of its table of tiles is compiled for sm_80, sm_90
-and sm_100, with the arguments that the library itself would pass (recorded from a run on meta tensors),
-the heaviest ones: four temperatures with biases, ragged clouds, exclude_self. Results go to a JSON; what
-is wrong in it is printed and makes the exit status 1:
+Every kernel of `fad_loss.ops._triton` and every entry of its table of tiles is compiled for sm_80,
+sm_90 and sm_100, with the arguments that the library itself would pass (recorded from a run on meta
+tensors), the heaviest ones: several temperatures with biases, ragged clouds, exclude_self. Results
+go to a JSON; what is wrong in it is printed and makes the exit status 1:
 
 - a stack frame (registers spilled to memory), or more shared memory than the GPU has;
 - a missing matrix instruction of the target's own: mma (sm_80), wgmma (sm_90), tcgen05 (sm_100);
@@ -12,7 +12,8 @@ is wrong in it is printed and makes the exit status 1:
 
     python benchmarks/kernels_report.py                       # all, 10 to 20 minutes on 2 cores
     python benchmarks/kernels_report.py --only pull --arch 90  # some
-    python benchmarks/kernels_report.py --check                # nothing is compiled: is the JSON current?
+    python benchmarks/kernels_report.py --check                # nothing is compiled: is the JSON
+    current?
 
 An interrupted run continues where it was: entries of unchanged sources are kept.
 """
@@ -20,6 +21,7 @@ An interrupted run continues where it was: entries of unchanged sources are kept
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import re
@@ -27,14 +29,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fad_loss.ops import _triton
+from fad_loss.ops._triton import configurations, prepare, search
+from fad_loss.ops._triton.configurations import TABLE
+from fad_loss.ops._triton.prepare import padded
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE / "results" / "kernels-report.json"
-SOURCES = HERE.parent / "src" / "fad_loss" / "ops" / "_triton"
 ARCHITECTURES = (80, 90, 100)
 # Shared memory of a block, in KiB.
 SHARED = {80: 163, 90: 227, 100: 227}
@@ -54,37 +64,28 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-# Formats, each with the channels that make a difference: stored in one block, or in several.
+# Formats, each with the channels that make a difference: all in one block, or in several blocks,
+# where the loop is the same from 2 blocks on.
 FORMATS = {
     "direct": (torch.float32, "highest", (3,)),
-    "tf32x3": (torch.float32, "highest", (32, 256)),
-    "tf32": (torch.float32, "high", (32, 256)),
+    "tf32x3": (torch.float32, "highest", (256,)),
+    "tf32": (torch.float32, "high", (256,)),
     "half": (torch.bfloat16, "high", (64, 256)),
 }
+KEYS = ("kernel", "format", "channels", "entry", "architecture")
 KERNELS = ("reduce", "pull", "pull_twice", "scan", "shortlist")
-
-
-def sources_hash() -> str:
-    """A fingerprint of the kernels' sources."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def record(
     kernel: str, dtype: torch.dtype, precision: str, channels: int
 ) -> list[tuple[Any, dict[str, Any]]]:
     """The launches that the library makes for one problem, without making them."""
-    from fad_loss.ops import _triton
-    from fad_loss.ops._triton import gradients, kernel_sums, prepare, search, smooth_minimum
-
     launches: list[tuple[Any, dict[str, Any]]] = []
 
     def keep(function: Any, _: tuple[int, ...], arguments: dict[str, Any]) -> None:
         launches.append((function, arguments))
 
-    modules = (gradients, kernel_sums, prepare, search, smooth_minimum)
+    modules = (configurations, prepare, search)
     saved = [module.launch for module in modules]
     before = torch.get_float32_matmul_precision()
     for module in modules:
@@ -100,9 +101,7 @@ def record(
         if kernel == "reduce":
             _triton.softmin(x, x, values, epsilon, *clouds)
         elif kernel == "pull":
-            _triton.softmin_backward(
-                values, x, x, values, values, epsilon, *clouds, True, True
-            )
+            _triton.softmin_backward(values, x, x, values, values, epsilon, *clouds, True, True)
         elif kernel == "pull_twice":
             _triton.softmin_double_backward(
                 moves, moves, values, values, x, x, values, values, epsilon, *clouds
@@ -118,10 +117,6 @@ def record(
 
 def compiled(function: Any, arguments: dict[str, Any], architecture: int) -> Any:
     """Compile a kernel for a GPU that need not be there."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
     options.setdefault("enable_fp_fusion", True)
     signature: dict[str, Any] = {}
@@ -146,8 +141,6 @@ def compiled(function: Any, arguments: dict[str, Any], architecture: int) -> Any
 
 def usage(cubin: bytes) -> dict[str, int]:
     """Registers and stack of a compiled kernel, as cuobjdump reports them."""
-    import triton
-
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -159,12 +152,14 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def narrow_offsets(ttir: str) -> int:
-    """How many scalar pointers have a 32-bit number added to them.
+    """How many scalar pointers to points or values have a 32-bit number added to them.
 
     Tiles are addressed from a scalar pointer to their first point, by offsets within the tile; the
-    scalar one is where a large tensor would overflow.
+    scalar one is where a large tensor would overflow. Constants (a channel) and indices of clouds
+    are small.
     """
-    return len(re.findall(r"tt\.addptr [^\n]*: !tt\.ptr<\w+>, i32", ttir))
+    added = re.findall(r"tt\.addptr %\S+, %(\S+) : !tt\.ptr<b?f\d+>, i32", ttir)
+    return sum(not re.fullmatch(r"c\d+_i32(_\d+)?", name) for name in added)
 
 
 def describe(function: Any, arguments: dict[str, Any], architecture: int) -> dict[str, Any]:
@@ -194,7 +189,8 @@ def problems(entry: dict[str, Any]) -> list[str]:
         wrong.append(f"no {MATRIX[architecture]}")
     # The short list's inner loop keeps tiles of a single block of channels from being pipelined.
     single = entry["channels"] <= entry["tile"]["BLOCK_CHANNELS"]
-    if multiplies and not (entry["kernel"] == "shortlist" and single) and not instructions["cp.async"]:
+    pipelined = multiplies and not (entry["kernel"] == "shortlist" and single)
+    if pipelined and not instructions["cp.async"]:
         wrong.append("no cp.async")
     if entry["narrow_offsets"]:
         wrong.append(f"{entry['narrow_offsets']} 32-bit offsets")
@@ -203,8 +199,6 @@ def problems(entry: dict[str, Any]) -> list[str]:
 
 def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, Any]]:
     """Every kernel, format and table entry."""
-    from fad_loss.ops._triton.configurations import TABLE
-
     for architecture in architectures:
         for kernel in kernels:
             for form, (_, _, widths) in FORMATS.items():
@@ -219,11 +213,8 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
                         }
 
 
-def compile_case(case: dict[str, Any]) -> dict[str, Any]:
-    """One entry of the report."""
-    from fad_loss.ops._triton.configurations import TABLE
-    from fad_loss.ops._triton.prepare import padded
-
+def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A case's kernel, its arguments, and those of them that are its tile."""
     dtype, precision, _ = FORMATS[case["format"]]
     function, arguments = [
         (f, a)
@@ -232,48 +223,89 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     ][-1]
     stored = padded(case["channels"])
     tile = TABLE[case["kernel"], case["format"]][case["entry"]].arguments(stored)
-    found = describe(function, {**arguments, **tile}, case["architecture"])
-    return {**case, "function": function.fn.__name__, "tile": tile, **found}
+    return function, {**arguments, **tile}, tile
+
+
+def identity(case: dict[str, Any]) -> dict[str, Any]:
+    """A case with what its compiled form depends on."""
+    function, _, tile = launched(case)
+    return {**case, "function": function.fn.__name__, "source": kernels_hash(), "tile": tile}
+
+
+@cache
+def kernels_hash() -> str:
+    """A fingerprint of the source of all kernels and what they share."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(_triton.__file__).parent.glob("*.py")):
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()[:16]
+
+
+def compile_case(case: dict[str, Any]) -> dict[str, Any]:
+    """One entry of the report."""
+    function, arguments, _ = launched(case)
+    return {**identity(case), **describe(function, arguments, case["architecture"])}
 
 
 def main() -> int:
     """Compile what is missing, write the report, say what is wrong."""
-    import triton
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=REPORT)
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES)
-    parser.add_argument("--check", action="store_true", help="compile nothing")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--check", action="store_true", help="compile nothing, find what is stale")
     options = parser.parse_args()
-    identity = {"triton": triton.__version__, "sources": sources_hash()}
-    known: list[dict[str, Any]] = []
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
     if options.output.exists():
         report = json.loads(options.output.read_text())
-        if {name: report[name] for name in identity} == identity:
-            known = report["kernels"]
-    keys = ("kernel", "format", "channels", "entry", "architecture")
-    entries = {tuple(entry[key] for key in keys): entry for entry in known}
+        if report["triton"] == triton.__version__:
+            known = {tuple(entry[key] for key in KEYS): entry for entry in report["kernels"]}
+    current: dict[tuple[Any, ...], dict[str, Any]] = {}
     missing = 0
-    for case in cases(options.only, options.arch or list(ARCHITECTURES)):
-        key = tuple(case[name] for name in keys)
-        if key in entries:
-            continue
-        if options.check:
+    # What is not asked for is kept as it is.
+    for case in cases(list(KERNELS), list(ARCHITECTURES)):
+        key = tuple(case[name] for name in KEYS)
+        wanted = (
+            case["kernel"] in options.only
+            and case["format"] in options.formats
+            and case["architecture"] in (options.arch or ARCHITECTURES)
+        )
+        is_current = key in known and identity(case).items() <= known[key].items()
+        if is_current or (key in known and not wanted):
+            current[key] = known[key]
+        elif wanted and not options.check:
+            current[key] = compile_case(case)
+            print(*key, current[key]["registers"], *problems(current[key]), flush=True)
+            # Written as it grows, so that an interrupted run loses nothing.
+            kept = {**known, **current}
+            write(options.output, triton.__version__, [kept[key] for key in sorted(kept)])
+        elif key in known:
+            print(*key, "has changed since it was compiled")
+            current[key] = {}
+        elif wanted:
             missing += 1
-            continue
-        entries[key] = compile_case(case)
-        print(*key, entries[key]["registers"], *problems(entries[key]), flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        report = {**identity, "kernels": sorted(entries.values(), key=lambda e: [e[k] for k in keys])}
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-    wrong = [(key, text) for key, entry in entries.items() for text in problems(entry)]
+    if not options.check:
+        write(options.output, triton.__version__, [current[key] for key in sorted(current)])
+    wrong = [(key, text) for key, entry in current.items() if entry for text in problems(entry)]
     for key, text in wrong:
-        print(*key, text, sep="  ")
-    if missing:
-        print(f"{missing} kernels are not in the report, or it is not of these sources")
-    print(f"{len(entries)} compiled, {len(wrong)} problems")
-    return 1 if wrong or missing else 0
+        print(*key, text)
+    stale = sum(not entry for entry in current.values())
+    print(
+        f"{len(current)} kernels: {stale} stale, {len(wrong)} problems; {missing} not compiled yet"
+    )
+    return 1 if wrong or stale else 0
+
+
+def write(path: Path, version: str, entries: list[dict[str, Any]]) -> None:
+    """Write the report."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"triton": version, "kernels": entries}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

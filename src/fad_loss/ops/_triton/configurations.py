@@ -1,30 +1,32 @@
-"""The tiles that each kernel may use: one table, chosen from by shape, device and, if asked, by timing.
+"""The tiles that each kernel may use: one table, chosen from by shape, device, or timing.
 
-An entry is (BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHANNELS, warps, stages, SLAB), at most 8 for a kernel and a
-format, the heuristic's choice first. BLOCK_CHANNELS and SLAB are upper bounds: points with fewer
-channels use all they have. Every entry is compiled offline for sm_80, sm_90 and sm_100 by
-`make kernels-report`, which fails on spills; a tile of 64 rows is the least that wgmma and tcgen05 take.
+An entry is (BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHANNELS, warps, stages, SLAB), at most 8 for a kernel
+and a format, the heuristic's choice first. BLOCK_CHANNELS and SLAB are upper bounds: points with
+fewer channels use all they have. Every entry is compiled offline for sm_80, sm_90 and sm_100 by
+`make kernels-report`, which fails on spills; a tile of 64 rows is the least that wgmma and tcgen05
+take.
 
-The choice depends on the shape only through buckets (the format, channels padded to 16, 32, 64, 128 or
-a multiple of 64, and whether there are enough rows to fill the device), so a new number of points
-compiles nothing new. With FAD_LOSS_TUNE=1 the first call in a bucket times all its entries and remembers
-the fastest in a file, in FAD_LOSS_CACHE or ~/.cache/fad_loss; without it the first entry is taken, or
-the one with smaller tiles if there are few rows.
+The choice depends on the shape only through buckets (the format, channels padded to 16, 32, 64, 128
+or a multiple of 64, and whether there are enough rows to fill the device), so a new number of
+points compiles nothing new. With FAD_LOSS_TUNE=1 the first call in a bucket times all its entries
+and remembers the fastest in a file, in FAD_LOSS_CACHE or ~/.cache/fad_loss; without it the first
+entry is taken, or the one with smaller tiles if there are few rows.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from fad_loss.ops._triton.launch import INTERPRETED
-from fad_loss.ops._triton.prepare import Points
+from fad_loss.ops._triton.launch import INTERPRETED, launch
+from fad_loss.ops._triton.prepare import Points, schedule
 
 
 class Tile(NamedTuple):
@@ -56,7 +58,7 @@ class Tile(NamedTuple):
 
 # tf32x3 splits every operand in two, so its tiles are smaller.
 TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("reduce", "direct"): (Tile(64, 64, 16, 4, 2),),
+    ("reduce", "direct"): (Tile(64, 32, 16, 8, 2),),
     ("reduce", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
     ("reduce", "tf32"): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("reduce", "half"): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
@@ -64,7 +66,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("pull", "tf32x3"): (Tile(64, 32, 32, 8, 2, 128),),
     ("pull", "tf32"): (Tile(64, 64, 32, 8, 2, 128),),
     ("pull", "half"): (Tile(64, 64, 64, 8, 2, 128),),
-    ("pull_twice", "direct"): (Tile(64, 32, 16, 8, 2, 16),),
+    ("pull_twice", "direct"): (Tile(32, 32, 16, 4, 2, 16),),
     ("pull_twice", "tf32x3"): (Tile(64, 32, 32, 8, 2, 64),),
     ("pull_twice", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
     ("scan", "direct"): (Tile(64, 64, 16, 8, 2),),
@@ -87,23 +89,47 @@ def format_of(points: Points) -> str:
     return points.format.precision
 
 
-def choose(kernel: str, rows: Points, columns: Points) -> dict[str, Any]:
-    """The configuration of a kernel for these clouds, as kernel arguments."""
+def run(
+    name: str,
+    kernel: Any,
+    rows: Points,
+    columns: Points,
+    arguments: dict[str, Any],
+    *,
+    slabs: bool = False,
+) -> None:
+    """Launch a kernel over all tiles of the rows, and slabs of channels, by the best entry."""
     form, channels = format_of(rows), rows.values.shape[1]
-    tiles = TABLE[kernel, form]
+    entries = TABLE[name, form]
+
+    def start(entry: Tile) -> None:
+        tile = entry.arguments(channels)
+        tiles, where = schedule(rows.clouds, columns.clouds, entry.rows)
+        parts = triton.cdiv(channels, tile["SLAB"]) if slabs else 1
+        launch(kernel, (tiles, parts), {**arguments, **where, **tile})
+
+    device = rows.values.device
+    few = rows.clouds.total < entries[0].rows * processors(device)
+    bucket = f"{device_name(device)}/{name}/{form}/{channels}/{'few' if few else 'many'}"
     if INTERPRETED:
-        return interpreted(tiles[0], channels)
-    few = len(tiles) > 1 and rows.clouds.total < tiles[0].rows * processors(rows.values.device)
-    key = f"{kernel}/{form}/{channels}/{'few' if few else 'many'}"
-    picked = tuned().get(f"{device_name(rows.values.device)}/{key}")
-    if picked is None or picked >= len(tiles):
-        picked = min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
-    return tiles[picked].arguments(channels)
+        # Small tiles where edges are what is tested, large ones where their number costs.
+        size = 32 if rows.clouds.total <= 128 else 128
+        start(entries[0]._replace(rows=size, columns=size))
+        return
+    choices = tuned()
+    if bucket not in choices and len(entries) > 1 and may_time(device):
+        times = [triton.testing.do_bench(partial(start, e), return_mode="median") for e in entries]
+        remember(bucket, times.index(min(times)))
+    number = choices.get(bucket, len(entries))
+    if number >= len(entries):
+        number = min(range(len(entries)), key=lambda i: entries[i].rows) if few else 0
+    start(entries[number])
 
 
-def interpreted(tile: Tile, channels: int) -> dict[str, Any]:
-    """Small tiles: the interpreter's cost is the tiles' area, and edges are what is tested."""
-    return tile._replace(rows=32, columns=32).arguments(channels)
+def may_time(device: torch.device) -> bool:
+    """Whether the user wants choices timed, and that is possible: a capture cannot wait."""
+    wanted = os.environ.get("FAD_LOSS_TUNE") == "1" and device.type == "cuda"
+    return wanted and not torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -135,3 +161,18 @@ def tuned() -> dict[str, int]:
     except (OSError, ValueError):
         return {}
     return {str(k): int(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def remember(bucket: str, number: int) -> None:
+    """Keep a choice, for this process and, where the file can be written, for the next."""
+    choices = tuned()
+    choices[bucket] = number
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may read at any time: it sees the old file or the new one.
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
+        part.replace(path)
+    except OSError as error:
+        logging.getLogger(__name__).warning("tuned tiles are not kept: %s", error)

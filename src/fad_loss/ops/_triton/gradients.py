@@ -6,12 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from fad_loss.ops._triton.configurations import choose
-from fad_loss.ops._triton.launch import launch
-from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, schedule, sides
+from fad_loss.ops._triton.configurations import run
+from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, sides
 from fad_loss.ops._triton.pull import pull_kernel
 from fad_loss.ops._triton.pull_twice import pull_twice_kernel
 
@@ -34,9 +32,6 @@ def pull(
     column_scale: Tensor | None = None,
 ) -> None:
     """Fill the gradients of what the rows have: points (T, C), and weights or biases (`extra`)."""
-    choice = choose("pull", rows, columns)
-    tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
-    slabs = 1 if gradient is None else triton.cdiv(rows.values.shape[1], choice["SLAB"])
     arguments = {
         **sides(rows, columns, row="row", column="column"),
         "row_shift": row_shift,
@@ -48,7 +43,7 @@ def pull(
         "C": rows.channels,
         **settings,
     }
-    launch(pull_kernel, (tiles, slabs), {**arguments, **where, **choice})
+    run("pull", pull_kernel, rows, columns, arguments, slabs=gradient is not None)
 
 
 class Moves:
@@ -85,9 +80,6 @@ def pull_twice(
     column_less: Tensor | None = None,
 ) -> None:
     """Fill the second-order gradients of the rows' points (T, C), and `extra`."""
-    choice = choose("pull_twice", rows, columns)
-    tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
-    slabs = 1 if gradient is None else triton.cdiv(rows.values.shape[1], choice["SLAB"])
     arguments = {
         **sides(rows, columns, row="row", column="column"),
         "row_moves": row_moves.values,
@@ -106,4 +98,4 @@ def pull_twice(
         "OF_Y": of_y,
         **settings,
     }
-    launch(pull_twice_kernel, (tiles, slabs), {**arguments, **where, **choice})
+    run("pull_twice", pull_twice_kernel, rows, columns, arguments, slabs=gradient is not None)

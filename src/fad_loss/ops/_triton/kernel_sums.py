@@ -1,14 +1,17 @@
 """kernel_sum: sums of a kernel of the distances, tile by tile.
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile and one sum for every row. Reread: the
-columns (from L2), and the rows where their channels do not fit one block. Bandwidths in a ratio of 2
-or of its root, sorted, cost one exponential together and two or one multiplications each.
+columns (from L2), and the rows where their channels do not fit one block. Bandwidths in a ratio of
+2 or of its root, sorted, cost one exponential together and two or one multiplications each.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,15 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fad_loss.ops._triton.configurations import choose
-from fad_loss.ops._triton.launch import SIZES, launch, on_device
+from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.gradients import Moves, gradient_like, pull, pull_twice
-from fad_loss.ops._triton.prepare import prepare_pair, schedule, sides
+from fad_loss.ops._triton.launch import SIZES, on_device
+from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
 from fad_loss.ops._triton.weights import evaluate, load_each
 from fad_loss.ops.kernels import Energy, Gaussian, InverseMultiquadric, Kernel
-
-# ruff: noqa: ANN001, ANN201, PLR0914 -- what a kernel receives are pointers and tiles
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -108,7 +109,7 @@ def family(kernel: Kernel) -> dict[str, Any]:
     ladder = 0
     if isinstance(kernel, Gaussian):
         rates = sorted(0.5 / (h * h) for h in kernel.parameters)
-        steps = {round(math.log2(b / a), 6) for a, b in zip(rates[:-1], rates[1:], strict=True)}
+        steps = {round(math.log2(b / a), 6) for a, b in pairwise(rates)}
         # Squaring doubles the relative error each time: at most 10 times, 1024 units of 6e-8.
         if steps in ({1.0}, {2.0}) and len(rates) * max(steps) <= 10:
             ladder = int(max(steps))
@@ -132,8 +133,6 @@ def kernel_sum(
     result = x.new_empty(x.shape[:-1], dtype=torch.float32)
     with on_device(x):
         rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
-        choice = choose("reduce", rows, columns)
-        tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
         arguments = {
             **sides(rows, columns),
             "weights": None if weights is None else weights.contiguous(),
@@ -141,7 +140,7 @@ def kernel_sum(
             **family(kernel),
             "EXCLUDE_SELF": exclude_self,
         }
-        launch(kernel_sum_kernel, (tiles,), {**arguments, **where, **choice})
+        run("reduce", kernel_sum_kernel, rows, columns, arguments)
     return result
 
 
@@ -194,7 +193,7 @@ def kernel_sum_double_backward(
     x_offsets: Tensor | None,
     y_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y and the weights."""
+    """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y and weights."""
     with on_device(x):
         rows, columns = prepare_pair(x, y, x_offsets, y_offsets, wide=True)
         of_x, of_y = Moves(rows, u), Moves(columns, v)

@@ -1,8 +1,8 @@
 """Points as the kernels multiply them: centered, rounded to the multiply's format, padded.
 
 |x|^2 + |y|^2 - 2 xy cancels when clouds lie far from the origin, and the matrix units truncate what
-does not fit their format. So float32 points lose the mean of y, are rounded to nearest, and only then
-have their norms taken: norms and products see the same numbers. The mean of 1024 evenly spaced
+does not fit their format. So float32 points lose the mean of y, are rounded to nearest, and only
+then have their norms taken: norms and products see the same numbers. The mean of 1024 evenly spaced
 points of y is as good as that of all (any common shift is exact; it only has to be close). Half
 precision is multiplied as it is: shifting would round it again.
 
@@ -19,6 +19,8 @@ half           any         unchanged                  as they are
 derivatives store float32 in every case, because gradients do not fit half precision.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -31,8 +33,6 @@ from torch import Tensor
 
 from fad_loss.ops._triton.launch import INTERPRETED, SIZES, launch
 from fad_loss.ops._triton.tiles import locate, to_tf32
-
-# ruff: noqa: ANN001, ANN202 -- what a kernel receives are pointers and tiles
 
 # Up to this many channels distances are sums of differences, without a matrix product.
 DIRECT_CHANNELS = 16
@@ -69,7 +69,7 @@ def multiply_format(dtype: torch.dtype, channels: int, *, wide: bool = False) ->
 def padded(channels: int) -> int:
     """Channels as stored: a power of two up to 64, then a multiple of 64."""
     if channels <= 64:
-        return max(16, triton.next_power_of_2(channels))
+        return max(16, int(triton.next_power_of_2(channels)))
     return -(-channels // 64) * 64
 
 
@@ -232,9 +232,7 @@ def _center(y: Tensor, clouds: Clouds, stored: int) -> Tensor:
     return center
 
 
-def prepare(
-    x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = None
-) -> Points:
+def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = None) -> Points:
     """Prepare points (T, C) for multiplication; `center` is (clouds, CHANNELS)."""
     channels = x.shape[-1]
     stored = padded(channels)

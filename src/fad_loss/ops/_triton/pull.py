@@ -1,15 +1,19 @@
 r"""The gradients of the smooth reductions: a recomputed tile of weights times the other points.
 
-With W_ij = dL/d(d_ij), dx_i = 2 (sum_j W_ij) x_i - 2 sum_j W_ij y_j. Gradients of y come from the same
-kernel with the roles of x and y exchanged: a program always owns rows and nobody else writes them, so
-there are no atomics and the result is repeatable. The second derivatives need two weights, with
-delta_ij = 2 (x_i - y_j) . (u_i - v_j) for directions u and v:
+With W_ij = dL/d(d_ij), dx_i = 2 (sum_j W_ij) x_i - 2 sum_j W_ij y_j. Gradients of y come from the
+same kernel with the roles of x and y exchanged: a program always owns rows and nobody else writes
+them, so there are no atomics and the result is repeatable. The second derivatives need two weights,
+with delta_ij = 2 (x_i - y_j) . (u_i - v_j) for directions u and v:
 A_ij, pulled to the points, and P_ij, pulled to the directions (`_tiled/smooth.py` derives them).
 
-Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and SLAB channels of the rows' gradient; more
-channels than SLAB are other programs, which recompute the tile. Reread: the columns (from L2), once for
-the distances and once for the product, or once in all where they fit one block.
+Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and SLAB channels of the rows' gradient;
+more channels than SLAB are other programs, which recompute the tile. Reread: the columns (from L2),
+once for the distances and once for the product, or once in all where they fit one block.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# Tuples grow in unrolled loops.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -22,13 +26,12 @@ from fad_loss.ops._triton.tiles import (
     load_points,
     load_values,
     locate,
-    products,
     rounded,
     squared_distances,
 )
 from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros_each
 
-# ruff: noqa: ANN001, ANN201, PLR0912, PLR0914, PLR0915, C901 -- a kernel is one function of pointers
+# ruff: noqa: C901, PLR0912, PLR0915, RUF005, because a kernel is one function that cannot unpack
 
 
 @triton.jit
@@ -62,7 +65,9 @@ def store_each(base, first, left, values, COUNT: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def store_gradient(base, first, left, channel, values, C: tl.constexpr, BLOCK: tl.constexpr, SLAB: tl.constexpr):
+def store_gradient(
+    base, first, left, channel, values, C: tl.constexpr, BLOCK: tl.constexpr, SLAB: tl.constexpr
+):
     """Store SLAB channels of the gradient of BLOCK points, (T, C)."""
     point = tl.arange(0, BLOCK)
     channels = channel + tl.arange(0, SLAB)
@@ -105,8 +110,8 @@ def pull_kernel(
 ):
     """Gradient of the rows' points and, if `extra` is there, of the rows' weights or biases.
 
-    softmin: W = sum_e exp((row_shift + column_shift - d) rate) scale, where the scale is the incoming
-    gradient, on whichever side is x. Kernels: W = k'(d) row_scale column_scale.
+    softmin: W = sum_e exp((row_shift + column_shift - d) rate) scale, where the scale is the
+    incoming gradient, on whichever side is x. Kernels: W = k'(d) row_scale column_scale.
     """
     _, row_start, rows, first, column_start, columns = locate(
         tl.program_id(0),
@@ -204,6 +209,6 @@ def pull_kernel(
         if not SOFTMIN and row_scale is not None:
             result *= row_scales[0][:, None]
         store_gradient(gradient, begin, left, slab, result, C, BLOCK_ROWS, SLAB)
-    if extra is not None:
+    if extra is not None:  # noqa: SIM102, because only the first condition is known to the compiler
         if slab == 0:
             store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)

@@ -1,14 +1,18 @@
 r"""The second derivatives of the smooth reductions: two recomputed tiles of weights.
 
-Let u_i, v_j be the directions in which x and y move, and delta_ij = 2 (x_i - y_j) . (u_i - v_j). Two
-weights per pair, A_ij = dS/d(d_ij) and P_ij = dS/d(delta_ij), are pulled to the points and to the
-directions: dx_i = 2 (sum_j A_ij x_i - A_ij y_j + P_ij u_i - P_ij v_j). `_tiled/smooth.py` derives them.
-As in `pull.py` a program owns rows, and y's gradients come from exchanged roles.
+Let u_i, v_j be the directions in which x and y move, and delta_ij = 2 (x_i - y_j) . (u_i - v_j).
+Two weights per pair, A_ij = dS/d(d_ij) and P_ij = dS/d(delta_ij), are pulled to the points and to
+the directions: dx_i = 2 (sum_j A_ij x_i - A_ij y_j + P_ij u_i - P_ij v_j). `_tiled/smooth.py`
+derives them. As in `pull.py` a program owns rows, and y's gradients come from exchanged roles.
 
-Tile: BLOCK_ROWS x BLOCK_COLUMNS, for d and for delta. In registers: both tiles, and SLAB channels of the
-rows' gradient. Reread: columns and their directions (from L2). Storage is float32: gradients do not
-fit half precision.
+Tile: BLOCK_ROWS x BLOCK_COLUMNS, for d and for delta. In registers: both tiles, and SLAB channels
+of the rows' gradient. Reread: columns and their directions (from L2). Storage is float32: gradients
+do not fit half precision.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# Tuples grow in unrolled loops.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ from fad_loss.ops._triton.tiles import (
 )
 from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros_each
 
-# ruff: noqa: ANN001, ANN201, PLR0912, PLR0914, PLR0915, C901 -- a kernel is one function of pointers
+# ruff: noqa: C901, PLR0912, PLR0915, RUF005, because a kernel is one function that cannot unpack
 
 
 @triton.jit
@@ -140,12 +144,12 @@ def pull_twice_kernel(
 ):
     """Second-order gradients of the rows' points, and of what else the rows have (`extra`).
 
-    softmin, with q = delta - row_less - column_less (the mean on x's side, the move of the bias on y's):
-    P = sum_e p scale, A = -sum_e p scale q rate; extra = sum_j p q for x without a scale (the mean
-    itself, which is also the gradient of the incoming gradient), sum p scale q rate for y.
+    softmin, with q = delta - row_less - column_less (the mean on x's side, the move of the bias on
+    y's): P = sum_e p scale, A = -sum_e p scale q rate; extra = sum_j p q for x without a scale (the
+    mean itself, which is also the gradient of the incoming gradient), sum p scale q rate for y.
     Kernels, with t = column_less or row_less, the moves of y's weights:
-    P = k' scales, A = (k'' delta weight + k' t) scale; extra = sum of k' delta weight + k t for x, and
-    of k' delta scale for y.
+    P = k' scales, A = (k'' delta weight + k' t) scale; extra = sum of k' delta weight + k t for x,
+    and of k' delta scale for y.
     """
     _, row_start, rows, first, column_start, columns = locate(
         tl.program_id(0),
@@ -324,6 +328,6 @@ def pull_twice_kernel(
         if not SOFTMIN and not OF_Y:
             result *= row_scales[0][:, None]
         store_gradient(gradient, begin, left, slab, result, C, BLOCK_ROWS, SLAB)
-    if extra is not None:
+    if extra is not None:  # noqa: SIM102, because only the first condition is known to the compiler
         if slab == 0:
             store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)

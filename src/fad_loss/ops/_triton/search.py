@@ -1,20 +1,24 @@
 """nearest and knn: screen with a matrix product, then be exact.
 
-The screening kernels only decide which points can be among the nearest: a short list, longer than k by
-a margin for what the product's rounding exchanges. `rerank_kernel` then recomputes those distances from
-the differences of the points as they were given, so the result has the accuracy of the inputs.
+The screening kernels only decide which points can be among the nearest: a short list, longer than k
+by a margin for what the product's rounding exchanges. `rerank_kernel` then recomputes those
+distances from the differences of the points as they were given, so the result has the accuracy of
+the inputs.
 
-`scan_kernel` (k = 1). Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and for every element
-of it the smallest distance at that place of any tile so far, with the number of that tile. Nothing is
-reduced across the tile until the end, when the best of the places become the short list. A contender is
-missed only if another one, closer by less than the rounding, falls on the same place: 1 in
-BLOCK_COLUMNS of the already rare ties.
+`scan_kernel` (k = 1). Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and for every
+element of it the smallest distance at that place of any tile so far, with the number of that tile.
+Nothing is reduced across the tile until the end, when the best of the places become the short list.
+A contender is missed only if another one, closer by less than the rounding, falls on the same
+place: 1 in BLOCK_COLUMNS of the already rare ties.
 
-`shortlist_kernel` (k > 1). In registers: the tile as 64-bit (distance, index) keys, and the unsorted short
-list of every row. As long as some row's best key beats the worst on its list it takes that place, for all
-rows at once: a row's list changes about SHORT log(M / SHORT) times in all, so that most tiles cost one
-comparison, where sorting every tile would cost more than the product.
+`shortlist_kernel` (k > 1). In registers: the tile as 64-bit (distance, index) keys, and the
+unsorted short list of every row. As long as some row's best key beats the worst on its list it
+takes that place, for all rows at once: a row's list changes about SHORT log(M / SHORT) times in
+all, so that most tiles cost one comparison, where sorting every tile would cost more than the
+product.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -23,12 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fad_loss.ops._triton.configurations import choose
+from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.launch import SIZES, launch, on_device
 from fad_loss.ops._triton.prepare import Clouds, Points, flat, prepare_pair, schedule, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
-
-# ruff: noqa: ANN001, ANN201, PLR0914 -- what a kernel receives are pointers and tiles
 
 # A short list of 64 stays in registers; with the margin that is 60 neighbors. More are the tiled
 # backend's.
@@ -260,9 +262,9 @@ def rerank_kernel(
         difference = a[:, None, :] - b.to(tl.float32)
         # Channels after the last are loaded as 0 on both sides.
         d += tl.sum(difference * difference, 2)
-    d = tl.where(found & (d == d), d, float("inf"))
+    d = tl.where(found & (d < float("inf")), d, float("inf"))
     keys = packed(d, tl.where(found, number, 0x7FFFFFFF - place[None, :]))
-    for rank in range(0, K):
+    for rank in range(K):
         top = tl.max(keys, 1)
         keys = tl.where(keys == top[:, None], _LAST, keys)
         value = (~top >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -278,7 +280,7 @@ def short_list(k: int, rounding: str) -> int:
     if k == 1:
         return 8 if rounding == "bf16" else 4
     margin = max(2 * MARGIN, k // 2) if rounding == "bf16" else MARGIN
-    return min(max(8, triton.next_power_of_2(k + margin)), LARGEST_SHORT_LIST)
+    return min(max(8, int(triton.next_power_of_2(k + margin))), LARGEST_SHORT_LIST)
 
 
 def knn(
@@ -303,16 +305,15 @@ def screen(rows: Points, columns: Points, k: int, exclude_self: bool) -> Tensor:
     """The short list of every row, (T, SHORT)."""
     short = short_list(k, rows.format.rounding)
     kernel, name = (scan_kernel, "scan") if k == 1 else (shortlist_kernel, "shortlist")
-    candidates = torch.empty((rows.clouds.total, short), dtype=torch.int32, device=rows.values.device)
-    choice = choose(name, rows, columns)
-    tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
+    device = rows.values.device
+    candidates = torch.empty((rows.clouds.total, short), dtype=torch.int32, device=device)
     arguments = {
         **sides(rows, columns),
         "candidates": candidates,
         "SHORT": short,
         "EXCLUDE_SELF": exclude_self,
     }
-    launch(kernel, (tiles,), {**arguments, **where, **choice})
+    run(name, kernel, rows, columns, arguments)
     return candidates
 
 

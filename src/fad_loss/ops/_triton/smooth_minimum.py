@@ -1,9 +1,14 @@
 """softmin: a running log-sum-exp over tiles of distances.
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile of distances, and for each temperature the
-running maximum and sum of every row. Reread: the columns (from L2), and the rows where their channels
-do not fit one block. All temperatures share the tile, so that each costs one exponential more.
+running maximum and sum of every row. Reread: the columns (from L2), and the rows where their
+channels do not fit one block. All temperatures share the tile, so that each costs one exponential
+more.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# Tuples grow in unrolled loops.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -15,17 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fad_loss.ops._triton.configurations import choose
-from fad_loss.ops._triton.launch import SIZES, launch, on_device
+from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.gradients import Moves, gradient_like, pull, pull_twice
-from fad_loss.ops._triton.prepare import prepare_pair, schedule, sides
+from fad_loss.ops._triton.launch import SIZES, on_device
+from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
 from fad_loss.ops._triton.weights import LOG2_E, load_each
 
-# ruff: noqa: ANN001, ANN202, PLR0914 -- what a kernel receives are pointers and tiles
+# ruff: noqa: RUF005, because kernels cannot unpack tuples
 
-# Temperatures that share a pass: each keeps two registers for every row of a thread.
+# Temperatures that share a pass: each keeps some registers for every row of a thread, and more of
+# them for second derivatives.
 GROUP = 4
+GROUP_SECOND = 2
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -73,7 +80,7 @@ def softmin_kernel(
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     largest = ()
     total = ()
-    for e in tl.static_range(COUNT):
+    for _ in tl.static_range(COUNT):
         largest = largest + (tl.full((BLOCK_ROWS,), float("-inf"), tl.float32),)
         total = total + (tl.zeros((BLOCK_ROWS,), tl.float32),)
     for j in range(0, columns, BLOCK_COLUMNS):
@@ -133,14 +140,12 @@ def softmin(
     if len(epsilon) > GROUP:
         parts = [
             softmin(x, y, only(part, bias), epsilon[part], exclude_self, x_offsets, y_offsets)
-            for part in groups(epsilon)
+            for part in groups(epsilon, GROUP)
         ]
         return torch.cat(parts, -1)
     result = x.new_empty((*x.shape[:-1], len(epsilon)), dtype=torch.float32)
     with on_device(x):
         rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
-        choice = choose("reduce", rows, columns)
-        tiles, where = schedule(rows.clouds, columns.clouds, choice["BLOCK_ROWS"])
         arguments = {
             **sides(rows, columns),
             "bias": None if bias is None else bias.contiguous(),
@@ -148,13 +153,13 @@ def softmin(
             **temperatures(epsilon),
             "EXCLUDE_SELF": exclude_self,
         }
-        launch(softmin_kernel, (tiles,), {**arguments, **where, **choice})
+        run("reduce", softmin_kernel, rows, columns, arguments)
     return result
 
 
-def groups(epsilon: Sequence[float]) -> list[slice]:
+def groups(epsilon: Sequence[float], size: int) -> list[slice]:
     """Temperatures that share a pass."""
-    return [slice(start, start + GROUP) for start in range(0, len(epsilon), GROUP)]
+    return [slice(start, start + size) for start in range(0, len(epsilon), size)]
 
 
 def only(part: slice, t: Tensor | None) -> Tensor | None:
@@ -196,7 +201,7 @@ def softmin_backward(
                 of_y,
                 of_bias,
             )
-            for part in groups(epsilon)
+            for part in groups(epsilon, GROUP)
         ]
         dxs, dys, dbiases = zip(*parts, strict=True)
         return summed(dxs), summed(dys), torch.cat(dbiases, -1)
@@ -211,9 +216,7 @@ def softmin_backward(
         h = None if bias is None else bias.contiguous()
         shift, g = shift_of(out), grad.contiguous()
         dx = gradient_like(x)
-        pull(
-            rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g
-        )
+        pull(rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g)
         dy, dbias = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
         if of_bias:
             dbias = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
@@ -250,7 +253,7 @@ def softmin_double_backward(
     With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
     over the row before the weights of any of its pairs are known.
     """
-    if len(epsilon) > GROUP:
+    if len(epsilon) > GROUP_SECOND:
         parts = [
             softmin_double_backward(
                 u,
@@ -266,7 +269,7 @@ def softmin_double_backward(
                 x_offsets,
                 y_offsets,
             )
-            for part in groups(epsilon)
+            for part in groups(epsilon, GROUP_SECOND)
         ]
         dgrads, dxs, dys, dhs = zip(*parts, strict=True)
         return torch.cat(dgrads, -1), summed(dxs), summed(dys), torch.cat(dhs, -1)
@@ -284,11 +287,9 @@ def softmin_double_backward(
         t = None if t is None else t.contiguous()
         mean, dx, dy = gradient_like(grad), gradient_like(x), gradient_like(y)
         dh = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
-        both = {"row_shift": shift, "column_shift": h, "column_less": t}
+        both: dict[str, Any] = {"row_shift": shift, "column_shift": h, "column_less": t}
         pull_twice(rows, columns, of_x, of_y, settings, None, extra=mean, **both)
-        pull_twice(
-            rows, columns, of_x, of_y, settings, dx, row_scale=g, row_less=mean, **both
-        )
+        pull_twice(rows, columns, of_x, of_y, settings, dx, row_scale=g, row_less=mean, **both)
         pull_twice(
             columns,
             rows,
@@ -316,5 +317,5 @@ def summed(parts: Sequence[Tensor]) -> Tensor:
 
 
 def shift_of(out: Tensor) -> Tensor:
-    """softmin's result as a shift: a row without neighbors is +inf, and its probabilities are 0."""
+    """Its result as a shift: a row without neighbors is +inf, and its probabilities are 0."""
     return torch.where(out == torch.inf, -torch.inf, out).contiguous()

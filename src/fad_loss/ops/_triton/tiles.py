@@ -1,21 +1,22 @@
 """What every kernel shares: which tile a program computes, and the squared distances on it.
 
 A program owns BLOCK_ROWS points of one cloud (its rows) and walks over the points of the other
-cloud (its columns), BLOCK_COLUMNS at a time. Points come prepared (`prepare.py`): row-major, channels
-padded with zeros to CHANNELS, so that every row starts on a 64-byte boundary and copies are
-asynchronous. Where all channels fit one block the rows stay in registers or shared memory for the
-whole walk and each tile of columns is read once; otherwise both are reread block by block, from L2.
+cloud (its columns), BLOCK_COLUMNS at a time. Points come prepared (`prepare.py`): row-major,
+channels padded with zeros to CHANNELS, so that every row starts on a 64-byte boundary and copies
+are asynchronous. Where all channels fit one block the rows stay in registers or shared memory for
+the whole walk and each tile of columns is read once; otherwise both are reread block by block, from
+L2.
 
-Offsets: a scalar int64 moves a base pointer to the first point of a tile, and int32 offsets, bounded by
-the size of a tile, address within it. Nothing else is ever added to a pointer.
+Offsets: a scalar int64 moves a base pointer to the first point of a tile, and int32 offsets,
+bounded by the size of a tile, address within it. Nothing else is ever added to a pointer.
 """
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# ruff: noqa: ANN001, ANN201, PLR0914 -- what a kernel receives are pointers and tiles
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def squared_distances(
 
 @triton.jit
 def to_tf32(v):
-    """The nearest number with 10 bits of mantissa: what the matrix units would otherwise truncate."""
+    """The nearest number with 10 bits of mantissa; the matrix units would truncate instead."""
     bits = v.to(tl.int32, bitcast=True)
     bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
     return bits.to(tl.float32, bitcast=True)

@@ -3,12 +3,16 @@
 An excluded or missing pair has d = +inf, for which every value and derivative here is 0.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# Tuples grow in unrolled loops.
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# ruff: noqa: ANN001, ANN201 -- what a kernel receives are pointers and tiles
+# ruff: noqa: RUF005, because kernels cannot unpack tuples
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -17,8 +21,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def evaluate(d, rates, KERNEL: tl.constexpr, COUNT: tl.constexpr, LADDER: tl.constexpr):
     """k(d) and its first two derivatives; what is not used is not computed.
 
-    LADDER > 0: each bandwidth's rate is 2**LADDER times the one before, so its exponential is the one
-    before squared LADDER times: one exponential for all of them.
+    LADDER > 0: each bandwidth's rate is 2**LADDER times the one before, so its exponential is the
+    one before squared LADDER times: one exponential for all of them.
     """
     if KERNEL == "gaussian":
         e = tl.exp2(d * (-rates[0] * LOG2_E))
@@ -43,7 +47,8 @@ def evaluate(d, rates, KERNEL: tl.constexpr, COUNT: tl.constexpr, LADDER: tl.con
         first = (-0.5 * rates[0]) * square * value
         second = (0.75 * rates[0] * rates[0]) * square * square * value
     else:
-        # Equal points: the root's derivatives there are defined as 0, as for infinitely distant ones.
+        # Equal points: the root's derivatives there are defined as 0, as for infinitely distant
+        # ones.
         positive = d > 0.0
         inverse = tl.where(positive, tl.rsqrt(tl.where(positive, d, 1.0)), 0.0)
         if KERNEL == "energy":
@@ -59,7 +64,7 @@ def evaluate(d, rates, KERNEL: tl.constexpr, COUNT: tl.constexpr, LADDER: tl.con
 
 @triton.jit
 def load_each(base, first, left, COUNT: tl.constexpr, BLOCK: tl.constexpr, other):
-    """COUNT numbers of each of BLOCK points from `first` on, as vectors; zeros if there are none."""
+    """COUNT vectors, with a number for each of BLOCK points from `first` on; or zeros."""
     result = ()
     point = tl.arange(0, BLOCK)
     for e in tl.static_range(COUNT):
@@ -82,7 +87,7 @@ def zeros_each(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def probability(d, row_shift, column_shift, rate, HAS_ROW: tl.constexpr, HAS_COLUMN: tl.constexpr):
-    """softmin's weights exp((row_shift + column_shift - d) rate) of one temperature."""
+    """The weights of softmin, exp((row_shift + column_shift - d) rate) of one temperature."""
     z = -d
     if HAS_ROW:
         z += row_shift[:, None]
