@@ -84,3 +84,15 @@ $(BIN)/python:
 	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install the package python3-venv." >&2; exit 1; }
+
+# Kernels:
+#
+#   make kernels-report  compile the kernels for sm_80, sm_90, sm_100 without a GPU; write the JSON
+#   make gpu          GPU tests, self-check, sanitizer, benchmarks, with PYTHON's torch, into OUT
+.PHONY: kernels-report gpu
+
+kernels-report: $(VENV)/.with-dev
+	$(BIN)/python benchmarks/kernels_report.py
+
+gpu:
+	OUT='$(or $(OUT),build/gpu)' .ci/gpu.sh '$(PYTHON)'
