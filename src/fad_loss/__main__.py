@@ -35,8 +35,8 @@ _DISTANCE_BOUND = {torch.float64: 1e-14, torch.float32: 1e-6}
 _GRADIENT_BOUND = {
     torch.float64: 1e-11,
     torch.float32: 1e-4,
-    torch.bfloat16: 3e-2,
-    torch.float16: 4e-3,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
 }
 # Of smooth operations, where the user allows float32 products less than float32's own precision, or
 # where a GPU multiplies half-precision inputs, centered, in half precision.

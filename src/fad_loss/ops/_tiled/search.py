@@ -77,7 +77,7 @@ class _Screened(NamedTuple):
     """The k best of a tile of rows by score; every other score is at least `following`."""
 
     score: Tensor  # (b, r, k) ascending
-    index: Tensor  # (b, r, k)
+    index: Tensor  # type: ignore[assignment]  # (b, r, k)
     following: Tensor  # (b, r)
 
     def merge(self, other: _Screened) -> _Screened:
@@ -110,7 +110,7 @@ class _Search:
             return
         center = self.y.mean(1, keepdim=True)
         self.left, right = self.x - center, self.y - center
-        self.x_norms = torch.linalg.vecdot(self.left, self.left)
+        self.x_norms: Tensor = torch.linalg.vecdot(self.left, self.left)
         y_norms = torch.linalg.vecdot(right, right)
         self.largest = y_norms.amax(1, keepdim=True)
         self.right = pad(right, (0, 0, 0, filling))
@@ -139,13 +139,16 @@ class _Search:
         x, y = self.left[cloud, rows], self.right[cloud, columns]
         if self.direct:
             return direct_distances(x, y)
-        return torch.baddbmm(self.y_norms[cloud, None, columns], x, y.mT, alpha=-2)
+        scores: Tensor = torch.baddbmm(self.y_norms[cloud, None, columns], x, y.mT, alpha=-2)
+        return scores
 
     def _slack(self, rows: slice, score: Tensor) -> Tensor:
         """Twice the error of a score: what lies further than this behind cannot come first."""
         if self.direct:
             return score * (2 * self.error)
-        return (self.x_norms[:, rows] + self.largest) * (2 * self.error)
+        slack = (self.x_norms[:, rows] + self.largest) * (2 * self.error)
+        # Products of tiny numbers underflow: an error that does not shrink with them.
+        return slack + torch.finfo(slack.dtype).tiny
 
     def _screen(self, rows: slice) -> _Screened:
         """The k best by score, over all columns."""
@@ -167,7 +170,8 @@ class _Search:
         shape = (*index.shape, y.shape[-1])
         candidates = y.index_select(0, index.clamp(0, self.size - 1).reshape(-1)).view(shape)
         difference = candidates.sub_(x.unsqueeze(1))
-        return torch.linalg.vecdot(difference, difference).masked_fill_(~valid, torch.inf)
+        distance: Tensor = torch.linalg.vecdot(difference, difference)
+        return distance.masked_fill_(~valid, torch.inf)
 
     def _accept(self, best: _Screened, rows: slice, distance: Tensor, index: Tensor) -> None:
         """Take the screened neighbors, with exact distances and in their exact order."""
@@ -235,7 +239,7 @@ def _smallest(scores: Tensor, k: int) -> _Screened:
 
 def _fold_minimum(scores: Tensor) -> _Screened:
     """The smallest of each row, and the one that follows, by folding the columns over each other."""
-    folds = scores.unflatten(-1, (FOLD, -1))
+    folds = torch.unflatten(scores, -1, (FOLD, -1))
     folded = folds.amin(-2)
     score, place = folded.min(-1, keepdim=True)
     following = folded.scatter_(-1, place, torch.inf).amin(-1)
