@@ -171,7 +171,8 @@ def plot(path: Path, histories: dict[str, list[Record]], title: str) -> None:
         epochs = [record["epoch"] for record in history]
         (line,) = top.plot(epochs, [100 * r["test_accuracy"] for r in history], label=name)
         top.plot(epochs, [100 * r["train_accuracy"] for r in history], ":", color=line.get_color())
-    top.set(title=title, ylabel="accuracy in % (dotted: training)", xlabel="epoch")
+    top.set_title(title, fontsize="medium", wrap=True)
+    top.set(ylabel="accuracy in % (dotted: training)", xlabel="epoch")
     top.legend()
     top.grid(alpha=0.3)
     for name, history in scored.items():
