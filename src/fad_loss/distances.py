@@ -323,7 +323,7 @@ class _Last(torch.autograd.Function):
 
 def _once(t: Tensor) -> Tensor:
     # On the points, where what arrives depends on them; what arrives at the result need not.
-    return pointwise(_FirstOrder.apply, t)  # type: ignore[arg-type]
+    return pointwise(_FirstOrder.apply, t)
 
 
 def _diameter(x: Tensor, y: Tensor) -> float:

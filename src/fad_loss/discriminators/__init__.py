@@ -1,7 +1,7 @@
 """Modules that score features: the higher the score, the more they are taken for the teacher's.
 
-All are called as ``discriminator(features, reference=..., labels=...)`` with features `(B, N, C)` or
-ragged, and return one score per point, `(B, N)` or ragged, or one per cloud, `(B,)`.
+All are called as ``discriminator(features, reference=..., labels=...)`` with features `(B, N, C)`
+or ragged, and return one score per point, `(B, N)` or ragged, or one per cloud, `(B,)`.
 """
 
 from fad_loss.discriminators.cloud import CloudDiscriminator

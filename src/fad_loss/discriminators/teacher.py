@@ -65,9 +65,9 @@ class TeacherDiscriminator(nn.Module):
     Example:
         >>> discriminator = TeacherDiscriminator()
         >>> teacher = torch.tensor([[[0.0], [1.0], [2.0]]])
-        >>> student = torch.tensor([[[0.5], [1.5], [9.0]]])
+        >>> student = torch.tensor([[[0.5], [1.5], [9.0], [9.5]]])
         >>> discriminator(student, reference=teacher) > 0
-        tensor([[ True,  True, False]])
+        tensor([[ True,  True, False, False]])
     """
 
     quadratic: ClassVar[bool] = True

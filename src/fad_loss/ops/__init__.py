@@ -6,10 +6,10 @@ For clouds x `(B, N, C)` and y `(B, M, C)`, with :math:`d_{ij} = |x_i - y_j|^2`:
 `nearest(x, y)`         the nearest point of y for each of x
 `knn(x, y, k)`          the k nearest
 `kernel_mean(x, y, k)`  the mean of a kernel :math:`k(d_{ij})` over y
-`softmin(x, y, eps)`    the smooth minimum :math:`-\varepsilon\log\sum_j e^{(f_j-d_{ij})/\varepsilon}`
+`softmin(x, y, eps)`    the smooth minimum, :math:`-\varepsilon\log\sum_j e^{-d_{ij}/\varepsilon}`
 ======================  =================================================================
 
-Clouds of unequal size come as jagged nested tensors (`fad_loss.ragged`), and so do then the results.
+Clouds of unequal size come as jagged nested tensors (`fad_loss.ragged`), and so do the results.
 Every operation takes ``backend="auto" | "triton" | "tiled" | "dense"``: the fused kernels, tiles of
 matrix products in plain PyTorch, or the N x M reference. `auto` chooses; an explicit backend that
 cannot run raises and says why.
@@ -20,7 +20,7 @@ are bitwise repeatable.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,9 @@ class _Pair:
         packed, offsets = pack(t) if is_ragged(t) else (t, None)
         if (offsets is None) != (self.y_offsets is None) or packed.shape != self.y.shape[:-1]:
             expected = "ragged, with the lengths of y" if self.y_offsets is not None else "(B, M)"
-            message = f"{name}: expected one value for each point of y, {expected}; got {describe(t)}"
+            message = (
+                f"{name}: expected one value for each point of y, {expected}; got {describe(t)}"
+            )
             if self.y_offsets is None:
                 message += f" for y of shape {tuple(self.y.shape)}"
             raise ValueError(message)
@@ -111,43 +113,50 @@ def _check_pair(x: Tensor, y: Tensor, *, exclude_self: bool) -> _Pair:
         )
         raise ValueError(message)
     ragged_x = x if is_ragged(x) else None
+    _check_match(x, y)
     x_offsets = y_offsets = None
     given = x, y
-
-    def came() -> str:
-        # Described only when needed: formatting sizes is not possible while compiling.
-        return f"x is {describe(given[0])}, y is {describe(given[1])}"
-
     if ragged_x is not None:
         (x, x_offsets), (y, y_offsets) = pack(x), pack(y)
-    if x.dtype != y.dtype:
-        message = f"x and y: expected one dtype, but {came()}; convert one with .to(dtype)"
-        raise TypeError(message)
-    if x.device != y.device:
-        message = f"x and y: expected one device, but {came()}; move one with .to(device)"
-        raise ValueError(message)
-    if x.shape[-1] != y.shape[-1]:
-        message = f"x and y: expected the same number of channels C (last axis), but {came()}"
-        raise ValueError(message)
-    if x.shape[-1] == 0:
-        message = f"x and y: expected at least one channel, but {came()}"
-        raise ValueError(message)
     if x_offsets is not None and y_offsets is not None:
         same_batch = len(x_offsets) == len(y_offsets)
     else:
         same_batch = x.shape[0] == y.shape[0]
     if not same_batch:
-        message = f"x and y: expected the same number of clouds B (first axis), but {came()}"
+        message = (
+            "x and y: expected the same number of clouds B (first axis), but "
+            f"{_came(*given)}; feed both the same batch"
+        )
         raise ValueError(message)
     if exclude_self:
         if x_offsets is not None and y_offsets is not None:
             _check_same_clouds("exclude_self: x", x_offsets, "y", y_offsets)
         if x.shape != y.shape:
-            message = f"exclude_self: expected x and y to be the same points, but {came()}"
+            message = f"exclude_self: expected x and y to be the same points, but {_came(*given)}"
             raise ValueError(message)
     for name, t in (("x", x), ("y", y)):
         _check_range(name, t)
     return _Pair(x, y, x_offsets, y_offsets, ragged_x)
+
+
+def _came(x: Tensor, y: Tensor) -> str:
+    # Described only when needed: formatting sizes is not possible while compiling.
+    return f"x is {describe(x)}, y is {describe(y)}"
+
+
+def _check_match(x: Tensor, y: Tensor) -> None:
+    if x.dtype != y.dtype:
+        message = f"x and y: expected one dtype, but {_came(x, y)}; convert one with .to(dtype)"
+        raise TypeError(message)
+    if x.device != y.device:
+        message = f"x and y: expected one device, but {_came(x, y)}; move one with .to(device)"
+        raise ValueError(message)
+    if x.shape[-1] != y.shape[-1]:
+        message = f"x and y: expected the same number of channels C (last axis), but {_came(x, y)}"
+        raise ValueError(message)
+    if x.shape[-1] == 0:
+        message = f"x and y: expected at least one channel, but {_came(x, y)}"
+        raise ValueError(message)
 
 
 def _check_range(name: str, t: Tensor) -> None:
@@ -217,8 +226,8 @@ def knn(
         backend: "auto", "triton", "tiled" or "dense".
 
     Returns:
-        Squared distances `(B, N, k)`, ascending, and indices `(B, N, k)` int64. Where a ragged cloud
-        has fewer than k points, the remaining entries are +inf and -1, without gradient.
+        Squared distances `(B, N, k)`, ascending, and indices `(B, N, k)` int64. Where a ragged
+        cloud has fewer than k points, the remaining entries are +inf and -1, without gradient.
 
     Raises:
         ValueError: k is less than 1 or exceeds the number of neighbors, shapes or devices do not
@@ -309,8 +318,8 @@ def kernel_mean(
     """
     if not isinstance(kernel, Kernel):
         message = (
-            "kernel: expected Gaussian, Laplacian, Energy or InverseMultiquadric from fad_loss.ops, "
-            f"got {type(kernel).__name__} {kernel!r}"
+            "kernel: expected Gaussian, Laplacian, Energy or InverseMultiquadric from "
+            f"fad_loss.ops, got {type(kernel).__name__} {kernel!r}"
         )
         raise TypeError(message)
     pair = _check_pair(x, y, exclude_self=exclude_self)
@@ -376,11 +385,18 @@ def _mass(pair: _Pair, weights: Tensor | None, *, exclude_self: bool) -> Tensor:
     return torch.where(rest <= 4 * torch.finfo(dtype).eps * total, 0.0, rest)
 
 
-def _reference(function: object, pair: _Pair, along: Tensor | None) -> Tensor:
+def _reference(
+    function: Callable[..., tuple[Tensor, ...]], pair: _Pair, along: Tensor | None
+) -> Tensor:
     if pair.x_offsets is None or pair.y_offsets is None:
-        return function(pair.x, pair.y, along)[0]  # type: ignore[operator]
+        return function(pair.x, pair.y, along)[0]
     return _dense.per_cloud(
-        function, pair.x, pair.x_offsets, pair.y_offsets, pair.y, along  # type: ignore[arg-type]
+        function,
+        pair.x,
+        pair.x_offsets,
+        pair.y_offsets,
+        pair.y,
+        along,
     )[0]
 
 
@@ -396,11 +412,13 @@ def softmin(
 ) -> Tensor:
     r"""For each point of x, the smooth minimum of the squared distances to y.
 
-    .. math:: s_i = -\varepsilon \log \sum_j b_j \exp\left(\frac{f_j - |x_i - y_j|^2}{\varepsilon}\right)
+    .. math::
+        s_i = -\varepsilon \log
+            \sum_j b_j \exp\left(\frac{f_j - |x_i - y_j|^2}{\varepsilon}\right)
 
-    It is the C-transform of entropic optimal transport, and with :math:`\varepsilon = 2h^2` a kernel
-    density in the log domain. Smooth in x, y, the potential and the log-weights, with first and
-    second derivatives that never hold N x M.
+    It is the C-transform of entropic optimal transport, and with :math:`\varepsilon = 2h^2` a
+    kernel density in the log domain. Smooth in x, y, the potential and the log-weights, with first
+    and second derivatives that never hold N x M.
 
     Args:
         x: clouds `(B, N, C)`, or ragged.

@@ -1,7 +1,7 @@
 """The reference: every reduction over the full matrix of pairwise distances, in the obvious way.
 
-Squared distances are summed from differences, coordinate by coordinate, so nothing cancels; autograd
-differentiates them to any order. Memory is N x M x C: for checking and for small clouds.
+Squared distances are summed from differences, coordinate by coordinate, so nothing cancels;
+autograd differentiates them to any order. Memory is N x M x C: for checking and for small clouds.
 Ragged clouds are a Python loop. Everything else in `ops` is tested against this page.
 """
 

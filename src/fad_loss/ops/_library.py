@@ -1,4 +1,4 @@
-"""Registration with torch.library: what makes the reductions operators to autograd and the compiler.
+"""Registration with torch.library: the reductions as operators to autograd and the compiler.
 
 Three operators per smooth reduction (forward, backward, double backward) and one search. Each has a
 fake implementation for `torch.compile`, an autograd formula and a vmap rule. Tensors are batched,
@@ -60,10 +60,15 @@ def _over_batch(op: Any) -> Callable[..., Any]:
             # Gradients that nobody asked for are empty and have no batch.
             flat.append(whole.flatten(0, 1) if whole.dim() > 2 else whole)
         if any(isinstance(arg, Tensor) and arg.dtype == torch.int64 for arg in args):
-            message = "vmap over ragged clouds is not possible: put all clouds into one ragged batch"
+            message = (
+                "vmap over ragged clouds is not possible: put all clouds into one ragged batch"
+            )
             raise NotImplementedError(message)
         out = op(*flat)
-        split = lambda t: t.unflatten(0, (size, -1)) if t.dim() > 1 else t  # noqa: E731
+
+        def split(t: Tensor) -> Tensor:
+            return torch.unflatten(t, 0, (size, -1)) if t.dim() > 1 else t
+
         if isinstance(out, Tensor):
             return split(out), 0
         return tuple(split(t) for t in out), tuple(0 if t.dim() > 1 else None for t in out)
@@ -106,7 +111,9 @@ def _(x, y, k, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-
     return _wide_empty(x, shape), x.new_empty(shape, dtype=torch.int64)
 
 
-def absolute_index(index: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None) -> Tensor:
+def absolute_index(
+    index: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None
+) -> Tensor:
     """Number neighbors through the whole packed (or flattened) y instead of within their cloud."""
     if x_offsets is None or y_offsets is None:
         start = torch.arange(y.shape[0], device=y.device) * y.shape[1]
@@ -172,7 +179,18 @@ def _(x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, bac
     f"(Tensor grad, {_PAIR}, {_KERNEL}, bool of_y, bool of_weights) -> (Tensor, Tensor, Tensor)",
 )
 def kernel_sum_backward(  # type: ignore[no-untyped-def]
-    grad, x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend, of_y, of_weights
+    grad,
+    x,
+    y,
+    weights,
+    kernel,
+    parameters,
+    exclude_self,
+    x_offsets,
+    y_offsets,
+    backend,
+    of_y,
+    of_weights,
 ):
     """Gradients by x, y and the weights."""
     k = kernel_from(kernel, parameters)
@@ -182,7 +200,18 @@ def kernel_sum_backward(  # type: ignore[no-untyped-def]
 
 @kernel_sum_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad, x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend, of_y, of_weights
+    grad,
+    x,
+    y,
+    weights,
+    kernel,
+    parameters,
+    exclude_self,
+    x_offsets,
+    y_offsets,
+    backend,
+    of_y,
+    of_weights,
 ):
     return (
         _wide_empty(x),
@@ -256,9 +285,7 @@ def _kernel_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple[
 
 
 kernel_sum.register_autograd(_kernel_backward, setup_context=_kernel_setup)
-kernel_sum_backward.register_autograd(
-    _kernel_double_backward, setup_context=_kernel_backward_setup
-)
+kernel_sum_backward.register_autograd(_kernel_double_backward, setup_context=_kernel_backward_setup)
 kernel_sum_double_backward.register_autograd(_no_third_derivative, setup_context=_nothing)
 
 
@@ -287,9 +314,7 @@ def softmin_backward(  # type: ignore[no-untyped-def]
 ):
     """Gradients by x, y and the bias."""
     run = _implementation(backend).softmin_backward
-    return run(
-        grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, of_y, of_bias
-    )
+    return run(grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, of_y, of_bias)
 
 
 @softmin_backward.register_fake
@@ -334,7 +359,17 @@ def _softmin_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     of_y, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
     # The double backward knows that `out` is a function of the others, so it is a constant here.
     dx, dy, dbias = softmin_backward(
-        grad, x, y, bias, out.detach(), *ctx.settings, x_offsets, y_offsets, ctx.backend, of_y, of_bias
+        grad,
+        x,
+        y,
+        bias,
+        out.detach(),
+        *ctx.settings,
+        x_offsets,
+        y_offsets,
+        ctx.backend,
+        of_y,
+        of_bias,
     )
     return (
         dx.to(x.dtype),
@@ -370,7 +405,5 @@ def _softmin_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple
 
 
 softmin.register_autograd(_softmin_backward, setup_context=_softmin_setup)
-softmin_backward.register_autograd(
-    _softmin_double_backward, setup_context=_softmin_backward_setup
-)
+softmin_backward.register_autograd(_softmin_double_backward, setup_context=_softmin_backward_setup)
 softmin_double_backward.register_autograd(_no_third_derivative, setup_context=_nothing)

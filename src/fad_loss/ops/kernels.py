@@ -1,8 +1,8 @@
 r"""Kernels of the squared distance d, for `kernel_mean` and everything built on it.
 
-A kernel is a small immutable value. It can evaluate itself (`__call__`, differentiable to any order)
-and its first two derivatives in closed form, which the tiled reductions use so that no graph is
-ever recorded over N x M pairs.
+A kernel is a small immutable value. It can evaluate itself (`__call__`, differentiable to any
+order) and its first two derivatives in closed form, which the tiled reductions use so that no
+graph is ever recorded over N x M pairs.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Gaussian(Kernel):
         ValueError: no bandwidth, or one that is not positive and finite.
         TypeError: a bandwidth that is not a number.
 
-    Source: Gretton et al., "A kernel two-sample test", JMLR 2012; the sum over several bandwidths is
-    from Li, Swersky and Zemel, "Generative moment matching networks", ICML 2015.
+    Source: Gretton et al., "A kernel two-sample test", JMLR 2012; the sum over several bandwidths
+    is from Li, Swersky and Zemel, "Generative moment matching networks", ICML 2015.
 
     Example:
         >>> import torch
@@ -186,8 +186,8 @@ class Energy(Kernel):
 
     It has no bandwidth to choose. Its gradient at coinciding points is defined as 0.
 
-    Source: Szekely and Rizzo, "Energy statistics", Journal of Statistical Planning and Inference 2013;
-    Sejdinovic et al., "Equivalence of distance-based and RKHS-based statistics", 2013.
+    Source: Szekely and Rizzo, "Energy statistics", Journal of Statistical Planning and Inference,
+    2013; Sejdinovic et al., "Equivalence of distance-based and RKHS-based statistics", 2013.
 
     Example:
         >>> import torch

@@ -92,8 +92,8 @@ class _Screened(NamedTuple):
 class _Search:
     """The k nearest neighbors within one group of clouds, x (b, n, C) and y (b, m, C).
 
-    The score of a pair is ``|y_j|^2 - 2 x_i y_j``: the squared distance less ``|x_i|^2``, which does
-    not change the order. With few channels it is the squared distance itself, summed directly.
+    The score of a pair is ``|y_j|^2 - 2 x_i y_j``: the squared distance less ``|x_i|^2``, which
+    does not change the order. With few channels it is the squared distance itself, summed directly.
     """
 
     def __init__(self, x: Tensor, y: Tensor, k: int, exclude_self: bool) -> None:
@@ -102,7 +102,7 @@ class _Search:
         self.k, self.exclude_self, self.size = k, exclude_self, y.shape[1]
         self.direct = x.shape[-1] <= DIRECT_CHANNELS
         # Rounding of a sum of C products grows like the root of C in practice; 4 is the margin.
-        self.error = (8 + 4 * x.shape[-1] ** 0.5) * rounding_unit(self.x)
+        self.error: float = (8 + 4 * x.shape[-1] ** 0.5) * rounding_unit(self.x)
         # Points are added to fill the last fold; their score is infinite.
         filling = -self.size % FOLD
         if self.direct:
@@ -146,7 +146,7 @@ class _Search:
         """Twice the error of a score: what lies further than this behind cannot come first."""
         if self.direct:
             return score * (2 * self.error)
-        slack = (self.x_norms[:, rows] + self.largest) * (2 * self.error)
+        slack: Tensor = (self.x_norms[:, rows] + self.largest) * (2 * self.error)
         # Products of tiny numbers underflow: an error that does not shrink with them.
         return slack + torch.finfo(slack.dtype).tiny
 
@@ -238,7 +238,7 @@ def _smallest(scores: Tensor, k: int) -> _Screened:
 
 
 def _fold_minimum(scores: Tensor) -> _Screened:
-    """The smallest of each row, and the one that follows, by folding the columns over each other."""
+    """The smallest of each row, and the one that follows, by folding columns over each other."""
     folds = torch.unflatten(scores, -1, (FOLD, -1))
     folded = folds.amin(-2)
     score, place = folded.min(-1, keepdim=True)

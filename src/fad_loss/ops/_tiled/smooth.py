@@ -147,7 +147,7 @@ def kernel_sum_double_backward(
     x_offsets: Offsets,
     y_offsets: Offsets,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y and the weights."""
+    """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y, the weights."""
     grads = _like(grad), _like(x), _like(y), _like(y[..., 0])
     for group in groups(x, y, x_offsets, y_offsets):
         clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
@@ -221,7 +221,7 @@ def softmin(
                     if h is not None:
                         z.add_(h[:, e, :, columns], alpha=1 / eps)
                     new = torch.maximum(largest[..., e], z.amax(-1))
-                    # Where nothing has been seen yet both maxima are -inf, and their difference NaN.
+                    # Where nothing has been seen yet both maxima are -inf, the difference NaN.
                     safe = torch.where(new == -torch.inf, 0.0, new)
                     total[..., e] *= (largest[..., e] - safe).exp_()
                     total[..., e] += z.sub_(safe.unsqueeze(-1)).exp_().sum(-1)
@@ -245,7 +245,7 @@ class _Probabilities:
     ) -> None:
         self.clouds, self.epsilon, self.exclude_self = clouds, epsilon, exclude_self
         self.h = None if bias is None else _wide(bias).mT.unsqueeze(-2)
-        # A row without neighbors is +inf; with -inf instead all its probabilities are exp(-inf) = 0.
+        # A row without neighbors is +inf; with -inf instead its probabilities are exp(-inf) = 0.
         self.out = torch.where(out == torch.inf, -torch.inf, out)
 
     def on(self, rows: slice, columns: slice) -> list[Tensor]:

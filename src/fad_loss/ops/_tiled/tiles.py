@@ -27,7 +27,7 @@ DIRECT_CHANNELS = 16
 
 @dataclass(frozen=True)
 class Group:
-    """Clouds of one size that are computed together: where they are in the packed or batched tensor."""
+    """Clouds of one size that are computed together: where they are in the packed tensor."""
 
     rows: slice
     columns: slice
@@ -106,7 +106,7 @@ class Clouds:
                 yield rows, columns
 
     def rows(self) -> Iterator[slice]:
-        """Slices of rows such that a tile of them against one slice of columns has the right size."""
+        """Slices of rows such that a tile of them against a slice of columns has the right size."""
         columns = min(self.y.shape[1], COLUMNS)
         return steps(self.x.shape[1], tile_size(self.x) // max(columns * self.x.shape[0], 1))
 
@@ -138,7 +138,8 @@ def rounding_unit(t: Tensor) -> float:
 
 
 def _norms(t: Tensor) -> Tensor:
-    return torch.linalg.vecdot(t, t)
+    norms: Tensor = torch.linalg.vecdot(t, t)
+    return norms
 
 
 def direct_distances(x: Tensor, y: Tensor) -> Tensor:
