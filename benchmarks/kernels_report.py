@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 
 from fad_loss.ops import _triton
 from fad_loss.ops._triton import configurations, prepare, search
-from fad_loss.ops._triton.configurations import TABLE
+from fad_loss.ops._triton.configurations import entries
 from fad_loss.ops._triton.prepare import padded
 
 HERE = Path(__file__).resolve().parent
@@ -64,12 +64,12 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-# Formats, each with the channels that make a difference: all in one block, or in several blocks,
-# where the loop is the same from 2 blocks on.
+# Formats, each with the channels that make a difference: all in one block, or in several, where the
+# loop is the same from two on.
 FORMATS = {
     "direct": (torch.float32, "highest", (3,)),
-    "tf32x3": (torch.float32, "highest", (256,)),
-    "tf32": (torch.float32, "high", (256,)),
+    "tf32x3": (torch.float32, "highest", (32, 256)),
+    "tf32": (torch.float32, "high", (32, 256)),
     "half": (torch.bfloat16, "high", (64, 256)),
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
@@ -202,7 +202,7 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
     for architecture in architectures:
         for kernel in kernels:
             for form, (_, _, widths) in FORMATS.items():
-                for number in range(len(TABLE.get((kernel, form), ()))):
+                for number in range(len(entries(kernel, form, architecture // 10))):
                     for channels in widths:
                         yield {
                             "kernel": kernel,
@@ -222,7 +222,8 @@ def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]
         if f.fn.__name__ not in {"prepare_kernel", "center_kernel", "rerank_kernel"}
     ][-1]
     stored = padded(case["channels"])
-    tile = TABLE[case["kernel"], case["format"]][case["entry"]].arguments(stored)
+    tiles = entries(case["kernel"], case["format"], case["architecture"] // 10)
+    tile = tiles[case["entry"]].arguments(stored)
     return function, {**arguments, **tile}, tile
 
 

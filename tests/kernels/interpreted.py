@@ -285,8 +285,8 @@ Y_OFFSETS = torch.tensor([0, 7, 20, 20, 53, 53])
 
 
 def ragged_case(C=20, same=False):
-    x = torch.randn(41, C)
-    y = x if same else torch.randn(53, C)
+    x = torch.randn(41, C) / C**0.5
+    y = x if same else torch.randn(53, C) / C**0.5
     return x, y, X_OFFSETS, X_OFFSETS if same else Y_OFFSETS
 
 

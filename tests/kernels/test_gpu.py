@@ -81,6 +81,7 @@ def test_every_entry_of_the_table(key, number, C, monkeypatch):
     configurations = import_module("fad_loss.ops._triton.configurations")
     entry = configurations.TABLE[key][number]
     monkeypatch.setitem(configurations.TABLE, key, (entry,))
+    monkeypatch.setattr(configurations, "AMPERE", {})
     dtype, precision, tolerance = INPUTS[form]
     torch.set_float32_matmul_precision(precision)
     x, y = cuda_clouds(2, 300, 517, C, dtype)

@@ -67,7 +67,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("pull", "tf32"): (Tile(64, 64, 32, 8, 2, 128),),
     ("pull", "half"): (Tile(64, 64, 64, 8, 2, 128),),
     ("pull_twice", "direct"): (Tile(32, 32, 16, 4, 2, 16),),
-    ("pull_twice", "tf32x3"): (Tile(64, 32, 32, 8, 2, 64),),
+    ("pull_twice", "tf32x3"): (Tile(64, 16, 32, 8, 2, 64),),
     ("pull_twice", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
     ("scan", "direct"): (Tile(64, 64, 16, 8, 2),),
     ("scan", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
@@ -78,6 +78,21 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("shortlist", "tf32"): (Tile(64, 64, 32, 8, 3),),
     ("shortlist", "half"): (Tile(64, 64, 64, 8, 3),),
 }
+
+# What would spill on compute capability 8, where operands are in registers as well as the sums.
+AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("reduce", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
+    ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3),),
+    ("reduce", "half"): (Tile(64, 64, 64, 8, 3),),
+    ("scan", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
+    ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
+    ("shortlist", "half"): (Tile(64, 32, 64, 8, 3),),
+}
+
+
+def entries(name: str, form: str, major: int) -> tuple[Tile, ...]:
+    """The entries of a kernel and a format, for a compute capability; none if there is no such."""
+    return (AMPERE if major == 8 else TABLE).get((name, form)) or TABLE.get((name, form), ())
 
 
 def format_of(points: Points) -> str:
@@ -100,36 +115,42 @@ def run(
 ) -> None:
     """Launch a kernel over all tiles of the rows, and slabs of channels, by the best entry."""
     form, channels = format_of(rows), rows.values.shape[1]
-    entries = TABLE[name, form]
+    tiles = entries(name, form, capability(rows.values.device))
 
     def start(entry: Tile) -> None:
         tile = entry.arguments(channels)
-        tiles, where = schedule(rows.clouds, columns.clouds, entry.rows)
+        count, where = schedule(rows.clouds, columns.clouds, entry.rows)
         parts = triton.cdiv(channels, tile["SLAB"]) if slabs else 1
-        launch(kernel, (tiles, parts), {**arguments, **where, **tile})
+        launch(kernel, (count, parts), {**arguments, **where, **tile})
 
     device = rows.values.device
-    few = rows.clouds.total < entries[0].rows * processors(device)
+    few = rows.clouds.total < tiles[0].rows * processors(device)
     bucket = f"{device_name(device)}/{name}/{form}/{channels}/{'few' if few else 'many'}"
     if INTERPRETED:
         # Small tiles where edges are what is tested, large ones where their number costs.
         size = 32 if rows.clouds.total <= 128 else 128
-        start(entries[0]._replace(rows=size, columns=size))
+        start(tiles[0]._replace(rows=size, columns=size))
         return
     choices = tuned()
-    if bucket not in choices and len(entries) > 1 and may_time(device):
-        times = [triton.testing.do_bench(partial(start, e), return_mode="median") for e in entries]
+    if bucket not in choices and len(tiles) > 1 and may_time(device):
+        times = [triton.testing.do_bench(partial(start, e), return_mode="median") for e in tiles]
         remember(bucket, times.index(min(times)))
-    number = choices.get(bucket, len(entries))
-    if number >= len(entries):
-        number = min(range(len(entries)), key=lambda i: entries[i].rows) if few else 0
-    start(entries[number])
+    number = choices.get(bucket, len(tiles))
+    if number >= len(tiles):
+        number = min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
+    start(tiles[number])
 
 
 def may_time(device: torch.device) -> bool:
     """Whether the user wants choices timed, and that is possible: a capture cannot wait."""
     wanted = os.environ.get("FAD_LOSS_TUNE") == "1" and device.type == "cuda"
     return wanted and not torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """Major compute capability of a device; that of Hopper for what is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @cache
