@@ -50,3 +50,10 @@ def test_compiled_again(kernel, architecture, tmp_path):
     )
     assert code == 0, text
     assert json.loads(output.read_text())["kernels"]
+
+
+def test_the_other_kernels_compile():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(Path(__file__).with_name("compiled.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -95,7 +95,7 @@ def kernel_sum_kernel(
         if EXCLUDE_SELF:
             column = j + tl.arange(0, BLOCK_COLUMNS)
             d = tl.where(row[:, None] == column[None, :], float("inf"), d)
-        value, _, _ = evaluate(d, rates, FAMILY, COUNT, LADDER)
+        value, _first, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
         if weights is not None:
             w = load_each(weights, at, columns - j, 1, BLOCK_COLUMNS, 0.0)
             value *= w[0][None, :]

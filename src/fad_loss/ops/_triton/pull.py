@@ -182,7 +182,7 @@ def pull_kernel(
                 if extra is not None:
                     new_extras = new_extras + (extras[e] - tl.sum(p, 1),)
         else:
-            value, weights, _ = evaluate(d, rates, FAMILY, COUNT, LADDER)
+            value, weights, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
             if column_scale is not None:
                 weights *= scales[0][None, :]
                 value *= scales[0][None, :]

@@ -1,0 +1,70 @@
+"""Compile for sm_90, without a GPU, what the report leaves out; the exit status counts errors.
+
+The report compiles each kernel as softmin uses it. Here are the other kernels of the distance, the
+preparation, the search's last step, and float16.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import kernels_report
+from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _triton
+from fad_loss.ops._triton import configurations, prepare, search
+
+
+def launches(function, *arguments):
+    """What a function of the backend would launch, on meta tensors."""
+    recorded = []
+
+    def keep(kernel, _, arguments):
+        recorded.append((kernel, arguments))
+
+    with (
+        mock.patch.object(configurations, "launch", keep),
+        mock.patch.object(prepare, "launch", keep),
+        mock.patch.object(search, "launch", keep),
+    ):
+        function(*arguments)
+    return recorded
+
+
+def cases():
+    """Kernels with their arguments."""
+    x = torch.empty(1000, 64, device="meta")
+    w = torch.empty(1000, device="meta")
+    b = torch.empty(1000, 2, device="meta")
+    offsets = torch.empty(9, dtype=torch.int64, device="meta")
+    clouds = True, offsets, offsets
+    yield from launches(_triton.knn, x, x, 20, *clouds)
+    half = x.half()
+    epsilon = [0.1, 0.2]
+    gradients = b, half, half, b, b, epsilon, *clouds, True, True
+    yield launches(_triton.softmin_backward, *gradients)[-1]
+    for kernel in (Laplacian(1.0), Energy(), InverseMultiquadric(1.0), Gaussian([1.0, 2.0, 4.0])):
+        arguments = x, x, w, kernel, *clouds
+        yield launches(_triton.kernel_sum, *arguments)[-1]
+        yield launches(_triton.kernel_sum_backward, w, *arguments, True, True)[-1]
+        yield launches(_triton.kernel_sum_double_backward, x, x, w, w, *arguments)[-1]
+
+
+def main():
+    wrong = 0
+    for function, arguments in cases():
+        found = kernels_report.describe(function, arguments, 90)
+        bad = found["stack"] or found["local"] or found["narrow_offsets"]
+        # Ladders of bandwidths share an exponential: 1 for each element of a thread's tile.
+        several = arguments.get("LADDER") and found["instructions"]["ex2"] > 16
+        wrong += bool(bad or several)
+        sys.stdout.write(f"{function.fn.__name__} {arguments.get('FAMILY')} {found}\n")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
