@@ -27,7 +27,12 @@ def test_in_the_interpreter(part):
         assert find_spec("triton") is None
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", PARTS[part]]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parents[1] / "src"),
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [*command, str(HERE / "interpreted.py")],
         env=environment,
