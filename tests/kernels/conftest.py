@@ -1,0 +1,9 @@
+"""What tests start in processes of their own is not collected as tests, or searched for doctests."""
+
+from __future__ import annotations
+
+import os
+
+collect_ignore = ["compiled.py", "sanitized.py"]
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore.append("interpreted.py")
