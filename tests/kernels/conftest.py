@@ -1,4 +1,4 @@
-"""What tests start in processes of their own is not collected as tests, or searched for doctests."""
+"""What tests start in processes of their own is not collected, nor searched for doctests."""
 
 from __future__ import annotations
 
