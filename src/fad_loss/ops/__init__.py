@@ -113,11 +113,11 @@ def _check_pair(x: Tensor, y: Tensor, *, exclude_self: bool) -> _Pair:
         )
         raise ValueError(message)
     ragged_x = x if is_ragged(x) else None
-    _check_match(x, y)
     x_offsets = y_offsets = None
     given = x, y
     if ragged_x is not None:
         (x, x_offsets), (y, y_offsets) = pack(x), pack(y)
+    _check_match(*given)
     if x_offsets is not None and y_offsets is not None:
         same_batch = len(x_offsets) == len(y_offsets)
     else:
@@ -262,7 +262,7 @@ def knn(
 
 
 def _knn(pair: _Pair, k: int, *, exclude_self: bool, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = select(backend, pair.x.device)
+    chosen = select(backend, pair.x.device, pair.x.dtype)
     if chosen != "dense":
         distance, index = _library.knn(
             pair.x, pair.y, k, exclude_self, pair.x_offsets, pair.y_offsets, chosen
@@ -333,7 +333,7 @@ def kernel_mean(
         # half precision before they meet.
         w = w.to(_dense.accumulation_dtype(w.dtype))
     mass = _mass(pair, w, exclude_self=exclude_self)
-    chosen = select(backend, pair.x.device)
+    chosen = select(backend, pair.x.device, pair.x.dtype)
     offsets = pair.x_offsets, pair.y_offsets
     if chosen != "dense":
         parameters = list(kernel.parameters)
@@ -456,7 +456,7 @@ def softmin(
         raise ValueError(message)
     pair = _check_pair(x, y, exclude_self=exclude_self)
     bias = _bias(pair, values, potential, log_weights)
-    chosen = select(backend, pair.x.device)
+    chosen = select(backend, pair.x.device, pair.x.dtype)
     if chosen != "dense":
         offsets = pair.x_offsets, pair.y_offsets
         result = _library.softmin(pair.x, pair.y, bias, values, exclude_self, *offsets, chosen)

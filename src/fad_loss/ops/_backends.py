@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Final
 
 import torch
+
+# What the kernels use of the compiler, and of the hardware.
+OLDEST_TRITON: Final = (3, 6)
+OLDEST_GPU: Final = (8, 0)
 
 BACKENDS = ("auto", "triton", "tiled", "dense")
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
-    """The reason why a backend cannot run on a device, or None if it can."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why a backend cannot run on a device (for a dtype), or None if it can."""
     if backend != "triton":
         return None
     if device.type != "cuda":
         return f"the Triton kernels run on CUDA tensors, and these are on {device}"
     if find_spec("triton") is None:
         return "Triton is not installed (it comes with PyTorch for Linux with CUDA)"
-    if find_spec("fad_loss.ops._triton") is None:
-        return "this version of fad_loss has no Triton kernels"
+    if torch.version.hip is not None:
+        return "the Triton kernels are made for NVIDIA GPUs, and this is a ROCm build of PyTorch"
+    triton = tuple(int(part) for part in version("triton").split(".")[:2])
+    if triton < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"the kernels need Triton {oldest} or newer, and this is {version('triton')}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32 at most, and these tensors are float64"
     return None
 
 
-def select(backend: str, device: torch.device) -> str:
+def select(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that will run: `auto` chooses, an explicit one runs or raises.
 
     Raises:
@@ -33,8 +48,8 @@ def select(backend: str, device: torch.device) -> str:
         message = f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
         raise ValueError(message)
     if backend == "auto":
-        return "tiled" if why_not("triton", device) else "triton"
-    reason = why_not(backend, device)
+        return "tiled" if why_not("triton", device, dtype) else "triton"
+    reason = why_not(backend, device, dtype)
     if reason:
         message = f'backend={backend!r} cannot run: {reason}; use backend="auto"'
         raise RuntimeError(message)
