@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Final
 
@@ -21,19 +21,27 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None
         return None
     if device.type != "cuda":
         return f"the Triton kernels run on CUDA tensors, and these are on {device}"
-    if find_spec("triton") is None:
-        return "Triton is not installed (it comes with PyTorch for Linux with CUDA)"
-    if torch.version.hip is not None:
-        return "the Triton kernels are made for NVIDIA GPUs, and this is a ROCm build of PyTorch"
-    triton = tuple(int(part) for part in version("triton").split(".")[:2])
-    if triton < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"the kernels need Triton {oldest} or newer, and this is {version('triton')}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     if dtype == torch.float64:
         return "the Triton kernels compute in float32 at most, and these tensors are float64"
+    return _no_compiler() or _no_hardware(device)
+
+
+def _no_compiler() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed (it comes with PyTorch for Linux with CUDA)"
+    # Imported only here, where there is a GPU to compile for.
+    installed = import_module("triton").__version__
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"the kernels need Triton {oldest} or newer, and this is {installed}"
+    return None
+
+
+def _no_hardware(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the Triton kernels are made for NVIDIA GPUs, and this is a ROCm build of PyTorch"
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
     return None
 
 

@@ -31,8 +31,8 @@ from fad_loss.ops._tiled.tiles import (
 
 # Candidates beyond k that one pass re-ranks exactly.
 SHORT_LIST = 16
-# Elements of a tile on a CPU: the screening passes over a tile few times, so it need not stay in the
-# innermost cache, and fewer tiles mean fewer calls.
+# Elements of a tile on a CPU: the screening passes over a tile few times, so it need not stay in
+# the innermost cache, and fewer tiles mean fewer calls.
 CPU_TILE = 1 << 20
 # A tile's columns are folded into 1/FOLD as many minima, which vectorises, before anyone looks for
 # an index, which does not.
@@ -101,9 +101,7 @@ class _Search:
     does not change the order. With few channels it is the squared distance itself, summed directly.
     """
 
-    def __init__(
-        self, x: Tensor, y: Tensor, k: int, exclude_self: bool, scratch: Tensor
-    ) -> None:
+    def __init__(self, x: Tensor, y: Tensor, k: int, exclude_self: bool, scratch: Tensor) -> None:
         dtype = accumulation_dtype(x.dtype)
         self.x, self.y = x.to(dtype), y.to(dtype)
         self.k, self.exclude_self, self.size = k, exclude_self, y.shape[1]
