@@ -323,7 +323,15 @@ class _Last(torch.autograd.Function):
 
 def _once(t: Tensor) -> Tensor:
     # On the points, where what arrives depends on them; what arrives at the result need not.
-    return pointwise(_FirstOrder.apply, t)
+    # Compiled code has no second derivatives anyway, and says so itself.
+    if torch.compiler.is_compiling():
+        return t
+
+    def hold(points: Tensor) -> Tensor:
+        held: Tensor = _FirstOrder.apply(points)  # type: ignore[no-untyped-call]
+        return held
+
+    return pointwise(hold, t)
 
 
 def _diameter(x: Tensor, y: Tensor) -> float:

@@ -242,7 +242,8 @@ class FeatureAdversarialLoss(nn.Module):
         means: 0.5 means that the features cannot be told apart), ``penalty``, ``weight`` (with the
         warm-up in it), ``non_finite`` (how many features were NaN or infinite), and
         ``untrained_parameters``: how many of the loss's trainable parameters still hold the values
-        that they were made or loaded with. Once training runs it should be 0; if it is not, put
+        that they were made or loaded with. Once training runs it should be 0 (or 1, where an
+        objective compares scores and their common bias has no gradient); if it is more, put
         ``fad.parameters()`` into the optimizer.
         """
         values = dict(zip(_STATISTICS, self._logged.clone().unbind(), strict=True))

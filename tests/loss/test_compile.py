@@ -72,9 +72,9 @@ def test_in_one_graph_with_a_gradient_penalty_and_lecam():
     compare(make("point", gradient_penalty=0.2, lecam=0.1), "N == M")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_inductor():
-    compare(make("teacher"), "N != M", backend="inductor")
+def test_in_one_graph_with_the_partitioner_of_inductor():
+    # It computes again in the backward what is cheap: from buffers that must not have changed.
+    compare(make("point", warmup_steps=5), "N != M", backend="aot_eager_decomp_partition")
 
 
 def test_no_recompilation_for_clouds_of_other_sizes():

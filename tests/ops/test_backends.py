@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from fad_loss.ops import _backends
 
 CUDA = torch.device("cuda", 0)
