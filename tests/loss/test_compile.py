@@ -72,13 +72,16 @@ def test_in_one_graph_with_a_gradient_penalty_and_lecam():
     compare(make("point", gradient_penalty=0.2, lecam=0.1), "N == M")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # on importing inductor
+# PyTorch's own partitioner imports modules that script methods.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_in_one_graph_with_the_partitioner_of_inductor():
     # It computes again in the backward what is cheap: from buffers that must not have changed.
-    compare(make("point", warmup_steps=5), "N != M", backend="aot_eager_decomp_partition")
+    compare(make("teacher", warmup_steps=5), "N == M", backend="aot_eager_decomp_partition")
 
 
 def test_no_recompilation_for_clouds_of_other_sizes():
-    fad = make("teacher")
+    fad = make("witness")
     compiled = torch.compile(fad, backend="aot_eager", fullgraph=True, dynamic=True)
     first = torch.randn(3, 7, STUDENT, dtype=torch.float64)
     compiled(first, torch.randn(3, 9, TEACHER, dtype=torch.float64))
