@@ -363,7 +363,7 @@ def test_compiled():
     x, y = cloud(2, 7, 3).requires_grad_(), cloud(2, 5, 3, seed=1)
 
     def total(x, y):
-        fixed = {"diameter": 9.0, "tolerance": None, "max_iterations": 3}
+        fixed = {"diameter": 2.0, "tolerance": None, "max_iterations": 1}
         return (
             distances.chamfer(x, y)
             + distances.energy(x, y)
