@@ -138,6 +138,15 @@ def test_all_points_equal(M, C, backend, device):
     assert len(distance.unique()) == 1
 
 
+@pytest.mark.parametrize("C", [17, 64, 256, 1024])
+def test_exact_where_all_roundings_agree(C, backend, device):
+    """Along (1, ..., 1) the products of a pair are alike, so that their roundings add up."""
+    x, y = (torch.randn(2, 300, 1).expand(-1, -1, C) for _ in range(2))
+    distance, index = ops.knn(x.to(device), y.to(device), 2, backend=backend)
+    # So do those of the terms of a distance, whatever computes it.
+    check_neighbors(x, y, distance.cpu(), index.cpu(), 2, 1e-5)
+
+
 @pytest.mark.parametrize("C", [1, 20])
 def test_closed_form_on_a_line(C, backend, device):
     """Points at 0, 1, 2, ... and x a little right of some: neighbors alternate right and left."""

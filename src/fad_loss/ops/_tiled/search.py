@@ -9,6 +9,7 @@ accelerator, where asking would stall the stream, every row re-ranks a short lis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from torch.nn.functional import pad
 
 from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._tiled.tiles import (
-    COLUMNS,
     DIRECT_CHANNELS,
     direct_distances,
     groups,
@@ -31,9 +31,12 @@ from fad_loss.ops._tiled.tiles import (
 
 # Candidates beyond k that one pass re-ranks exactly.
 SHORT_LIST = 16
-# Elements of a tile on a CPU: the screening passes over a tile few times, so it need not stay in
-# the innermost cache, and fewer tiles mean fewer calls.
-CPU_TILE = 1 << 20
+# Elements of a tile, all columns of some rows, on a CPU: the screening passes over it few times, so
+# it need not stay in a cache, and one call can serve several clouds. From 32 MiB on, the C library
+# would return the memory to the system, which clears it before giving it again.
+CPU_TILE = 1 << 22
+# Rows of a tile, at least: fewer would read all of y too often.
+ROWS = 64
 # A tile's columns are folded into 1/FOLD as many minima, which vectorises, before anyone looks for
 # an index, which does not.
 FOLD = 16
@@ -51,14 +54,14 @@ def knn(
     shape = (*x.shape[:-1], k)
     distance = x.new_full(shape, torch.inf, dtype=accumulation_dtype(x.dtype))
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
-    scratch = distance.new_empty(0)
+    buffers = _Buffers()
+    tile = _tile_size(x)
     with _full_precision(x):
-        for group in groups(x, y, x_offsets, y_offsets):
+        for group in groups(x, y, x_offsets, y_offsets, tile):
             if group.of_x(x).shape[1] and group.of_y(y).shape[1]:
-                search = _Search(group.of_x(x), group.of_y(y), k, exclude_self, scratch)
+                search = _Search(group.of_x(x), group.of_y(y), k, exclude_self, buffers)
                 search.run(group.of_x(distance), group.of_x(index))
-                scratch = search.scratch
-    return distance, index
+    return distance, index.masked_fill_(distance == torch.inf, -1)
 
 
 @contextmanager
@@ -78,20 +81,27 @@ def _full_precision(t: Tensor) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+class _Buffers:
+    """Memory for one cloud after the other: new memory would have to be cleared every time."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialized tensor, valid until the name is asked for again."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+
 class _Screened(NamedTuple):
     """The k best of a tile of rows by score; every other score is at least `following`."""
 
     score: Tensor  # (b, r, k) ascending
     index: Tensor  # type: ignore[assignment]  # (b, r, k)
     following: Tensor  # (b, r)
-
-    def merge(self, other: _Screened) -> _Screened:
-        """The k best of both."""
-        k = self.score.shape[-1]
-        score, order = torch.cat([self.score, other.score], -1).sort(-1)
-        index = torch.cat([self.index, other.index], -1).gather(-1, order)
-        following = torch.minimum(self.following, other.following).minimum(score[..., k])
-        return _Screened(score[..., :k], index[..., :k], following)
 
 
 class _Search:
@@ -101,135 +111,117 @@ class _Search:
     does not change the order. With few channels it is the squared distance itself, summed directly.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, k: int, exclude_self: bool, scratch: Tensor) -> None:
+    def __init__(self, x: Tensor, y: Tensor, k: int, exclude_self: bool, buffers: _Buffers) -> None:
         dtype = accumulation_dtype(x.dtype)
         self.x, self.y = x.to(dtype), y.to(dtype)
-        self.k, self.exclude_self, self.size = k, exclude_self, y.shape[1]
-        self.direct = x.shape[-1] <= DIRECT_CHANNELS
-        self.scratch = scratch
-        # Rounding of a sum of C products grows like the root of C at most; errors up to 12 units of
-        # |x|^2 + |y|^2 were seen for C up to 1024.
-        self.error: float = (16 + x.shape[-1] ** 0.5) * rounding_unit(self.x)
+        self.k, self.exclude_self, self.buffers = k, exclude_self, buffers
+        clouds, self.size, channels = y.shape
+        self.direct = channels <= DIRECT_CHANNELS
+        # In units of |x|^2 + |y|^2, a score errs by the rounding of the points (centering them) and
+        # of a sum of C products. On points along the diagonal (1, ..., 1), where all products are
+        # alike and round the same way, up to 3 sqrt(C) roundings were seen; on others, a fifth.
+        self.error: float = (8 + 4 * channels**0.5) * rounding_unit(self.x)
         # Points are added to fill the last fold; their score is infinite.
         filling = -self.size % FOLD
         if self.direct:
             self.left, self.right = self.x, pad(self.y, (0, 0, 0, filling), value=torch.inf)
             return
+        # left = (-2 x, 1) and right = (y, |y|^2): the additional channel spares a pass over the
+        # tile that would add the norms.
         center = self.y.mean(1, keepdim=True)
-        left, right = self.x - center, self.y - center
-        self.x_norms = torch.linalg.vecdot(left, left)
-        y_norms = torch.linalg.vecdot(right, right)
-        self.largest = y_norms.amax(1, keepdim=True)
-        # One more channel, 1 against |y|^2, spares a pass over the tile that would add the norms.
-        self.left = pad(left, (0, 1), value=1.0)
-        self.right = pad(right.mul_(-2), (0, 1, 0, filling))
-        self.right[:, : self.size, -1] = y_norms
-        self.right[:, self.size :, -1] = torch.inf
+        self.left = buffers.take("left", (*x.shape[:2], channels + 1), self.x)
+        self.right = buffers.take("right", (clouds, self.size + filling, channels + 1), self.y)
+        left, right = self.left[..., :-1], self.right[:, : self.size, :-1]
+        torch.sub(2 * center, self.x, alpha=2, out=left)
+        torch.sub(self.y, center, out=right)
+        self.left[..., -1] = 1
+        norms = torch.linalg.vector_norm(right, dim=-1).square_()
+        self.right[:, : self.size, -1] = norms
+        if filling:
+            self.right[:, self.size :, :-1] = 0
+            self.right[:, self.size :, -1] = torch.inf
+        # Twice the error of a score: what lies further than this behind cannot come first. Products
+        # of tiny numbers underflow: an error that does not shrink with them.
+        self.slack = torch.linalg.vector_norm(left, dim=-1).square_().div_(4)
+        self.slack.add_(norms.amax(1, keepdim=True)).mul_(2 * self.error)
+        self.slack.add_(torch.finfo(dtype).tiny)
 
     def run(self, distance: Tensor, index: Tensor) -> None:
         """Fill the results, (b, n, k)."""
-        on_cpu = self.x.device.type == "cpu"
-        width = min(self.right.shape[1], COLUMNS) * self.x.shape[0]
-        tile = CPU_TILE if on_cpu else tile_size(self.x)
-        for rows in steps(self.x.shape[1], tile // width):
-            best = self._screen(rows)
-            slack = self._slack(rows, best.score[..., -1])
-            limit = best.score[..., -1] + slack
-            if on_cpu:
-                self._accept(best, rows, distance, index)
-                doubtful = best.following <= limit
-                if not doubtful.any():
-                    continue
+        clouds, count = self.x.shape[:2]
+        tile = _tile_size(self.x) // (clouds * self.size)
+        for rows in steps(count, max(tile, ROWS)):
+            scores = self._scores(rows)
+            best = _fold_minimum(scores) if self.k == 1 else _smallest(scores, self.k)
+            last = best.score[..., -1]
+            limit = last + (last * (2 * self.error) if self.direct else self.slack[:, rows])
+            if self.x.device.type == "cpu":
+                self._accept(best, rows, distance[:, rows], index[:, rows])
+                cloud, row = (best.following <= limit).nonzero(as_tuple=True)
             else:
-                doubtful = torch.ones_like(limit, dtype=torch.bool)
-            for cloud in range(len(limit)):
-                chosen = doubtful[cloud].nonzero().squeeze(-1) if on_cpu else slice(None)
-                self._resolve(cloud, rows, chosen, limit, distance, index)
+                cloud = torch.arange(clouds, device=limit.device).repeat_interleave(limit.shape[1])
+                row = torch.arange(limit.shape[1], device=limit.device).repeat(clouds)
+            if len(row):
+                score = scores[cloud, row, : self.size]
+                possible = (score <= limit[cloud, row].unsqueeze(-1)) & (score < torch.inf)
+                self._resolve(cloud, row + rows.start, possible, distance, index)
 
-    def _scores(self, cloud: slice, rows: slice | Tensor, columns: slice) -> Tensor:
-        x, y = self.left[cloud, rows], self.right[cloud, columns]
+    def _scores(self, rows: slice) -> Tensor:
+        """The scores of some rows against all columns (b, r, m), and against the added ones."""
+        x, y = self.left[:, rows], self.right
         if self.direct:
-            return direct_distances(x, y)
-        # One buffer for all tiles: a new one would have to be cleared by the system every time.
-        shape = (x.shape[0], x.shape[1], y.shape[1])
-        size = shape[0] * shape[1] * shape[2]
-        if self.scratch.numel() < size:
-            self.scratch = x.new_empty(size)
-        return torch.bmm(x, y.mT, out=self.scratch[:size].view(shape))
+            scores = direct_distances(x, y)
+        else:
+            out = self.buffers.take("scores", (*x.shape[:2], y.shape[1]), x)
+            scores = torch.bmm(x, y.mT, out=out)
+        if self.exclude_self:
+            own_pairs(scores, rows, slice(0, self.size)).fill_(torch.inf)
+        return scores
 
-    def _slack(self, rows: slice, score: Tensor) -> Tensor:
-        """Twice the error of a score: what lies further than this behind cannot come first."""
-        if self.direct:
-            return score * (2 * self.error)
-        slack: Tensor = (self.x_norms[:, rows] + self.largest) * (2 * self.error)
-        # Products of tiny numbers underflow: an error that does not shrink with them.
-        return slack + torch.finfo(slack.dtype).tiny
+    def _exact(self, x: Tensor, cloud: Tensor, index: Tensor) -> Tensor:
+        """Squared distances of points x (..., C) of some clouds (...) to candidates (..., w).
 
-    def _screen(self, rows: slice) -> _Screened:
-        """The k best by score, over all columns."""
-        best: _Screened | None = None
-        for columns in steps(self.right.shape[1], COLUMNS):
-            scores = self._scores(slice(None), rows, columns)
-            if self.exclude_self:
-                own_pairs(scores, rows, columns).fill_(torch.inf)
-            found = _fold_minimum(scores) if self.k == 1 else _smallest(scores, self.k)
-            found = found._replace(index=found.index + columns.start)
-            best = found if best is None else best.merge(found)
-        if best is None:
-            message = "a search over no points"
-            raise ValueError(message)
-        return best
-
-    def _exact(self, x: Tensor, y: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-        """Squared distances of points x (r, C) to their candidates in y (m, C), index (r, k)."""
-        shape = (*index.shape, y.shape[-1])
-        candidates = y.index_select(0, index.clamp(0, self.size - 1).reshape(-1)).view(shape)
-        distance = candidates.sub_(x.unsqueeze(1)).square_().sum(-1)
-        return distance.masked_fill_(~valid, torch.inf)
+        A candidate from `size` on is none, and infinitely far.
+        """
+        chosen = index.clamp(max=self.size - 1).add_(cloud.unsqueeze(-1) * self.size)
+        candidates = self.y.reshape(-1, self.y.shape[-1]).index_select(0, chosen.view(-1))
+        difference = candidates.view(*index.shape, -1).sub_(x.unsqueeze(-2))
+        distance: Tensor = difference.square_().sum(-1).masked_fill_(index >= self.size, torch.inf)
+        return distance
 
     def _accept(self, best: _Screened, rows: slice, distance: Tensor, index: Tensor) -> None:
         """Take the screened neighbors, with exact distances and in their exact order."""
-        for cloud in range(len(best.score)):
-            candidates, valid = best.index[cloud], best.score[cloud] < torch.inf
-            if self.k > 1:
-                candidates, order = candidates.sort(-1)
-                valid = valid.gather(-1, order)
-            d = self._exact(self.x[cloud, rows], self.y[cloud], candidates, valid)
-            _write(d, candidates, self.k, distance[cloud, rows], index[cloud, rows])
+        cloud = torch.arange(len(index), device=index.device).unsqueeze(-1)
+        candidates = torch.where(best.score < torch.inf, best.index, self.size)
+        if self.k > 1:
+            candidates = candidates.sort(-1).values
+        d = self._exact(self.x[:, rows], cloud, candidates)
+        _write(d, candidates, self.k, distance, index)
 
     def _resolve(
-        self,
-        cloud: int,
-        rows: slice,
-        chosen: Tensor | slice,
-        limit: Tensor,
-        distance: Tensor,
-        index: Tensor,
+        self, cloud: Tensor, row: Tensor, possible: Tensor, distance: Tensor, index: Tensor
     ) -> None:
-        """Look at every candidate of the chosen rows of one cloud, lowest index first."""
-        numbers = torch.arange(rows.start, rows.stop, device=limit.device)[chosen]
-        if len(numbers) == 0:
-            return
-        scores = self._scores(slice(cloud, cloud + 1), numbers, slice(0, self.size))[0]
-        possible = scores <= limit[cloud, chosen].unsqueeze(-1)
-        columns = torch.arange(self.size, device=limit.device)
-        if self.exclude_self:
-            possible &= columns != numbers.unsqueeze(-1)
+        """Look at every possible neighbor (r, m) of a few rows, lowest index first."""
+        columns = torch.arange(self.size, device=possible.device)
         remaining = torch.where(possible, columns, self.size)
-        x, y = self.x[cloud, numbers], self.y[cloud]
-        best_d = torch.full((len(numbers), self.k), torch.inf, dtype=x.dtype, device=x.device)
+        x = self.x[cloud, row]
+        best_d = torch.full((len(row), self.k), torch.inf, dtype=x.dtype, device=x.device)
         best_index = torch.full_like(best_d, -1, dtype=torch.int64)
         width = min(self.k + SHORT_LIST, self.size)
         while True:
             candidates = remaining.topk(width, dim=-1, largest=False, sorted=True).values
-            d = self._exact(x, y, candidates, candidates < self.size)
+            d = self._exact(x, cloud, candidates)
             # The kept ones have lower indices, and come first: a stable sort settles ties.
             d, candidates = torch.cat([best_d, d], -1), torch.cat([best_index, candidates], -1)
             _write(d, candidates, self.k, best_d, best_index)
             remaining.scatter_(-1, candidates[:, self.k :].clamp(max=self.size - 1), self.size)
             if x.device.type != "cpu" or not (remaining < self.size).any():
                 break
-        distance[cloud, numbers], index[cloud, numbers] = best_d, best_index
+        distance[cloud, row], index[cloud, row] = best_d, best_index
+
+
+def _tile_size(t: Tensor) -> int:
+    return CPU_TILE if t.device.type == "cpu" else tile_size(t)
 
 
 def _write(d: Tensor, candidates: Tensor, k: int, distance: Tensor, index: Tensor) -> None:
@@ -239,7 +231,7 @@ def _write(d: Tensor, candidates: Tensor, k: int, distance: Tensor, index: Tenso
         d, candidates = d[..., :k], candidates.gather(-1, order)[..., :k]
     stored = min(k, d.shape[-1])
     distance[..., :stored] = d
-    index[..., :stored] = candidates.masked_fill(d == torch.inf, -1)
+    index[..., :stored] = candidates
 
 
 def _smallest(scores: Tensor, k: int) -> _Screened:

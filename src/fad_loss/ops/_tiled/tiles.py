@@ -48,9 +48,13 @@ def tile_size(t: Tensor) -> int:
 
 
 def groups(
-    x: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    x_offsets: Tensor | None,
+    y_offsets: Tensor | None,
+    tile: int | None = None,
 ) -> Iterator[Group]:
-    """Cut a batch into groups of clouds whose tiles fit together; ragged clouds come one by one."""
+    """Cut a batch into groups of clouds that fit into one tile; ragged clouds come one by one."""
     if x_offsets is not None and y_offsets is not None:
         x_bounds, y_bounds = x_offsets.tolist(), y_offsets.tolist()
         for cloud in range(len(x_bounds) - 1):
@@ -58,7 +62,7 @@ def groups(
             yield Group(rows, slice(y_bounds[cloud], y_bounds[cloud + 1]), ragged=True)
         return
     pairs = max(x.shape[1] * y.shape[1], 1)
-    step = max(tile_size(x) // pairs, 1)
+    step = max((tile or tile_size(x)) // pairs, 1)
     for start in range(0, x.shape[0], step):
         part = slice(start, min(start + step, x.shape[0]))
         yield Group(part, part, ragged=False)
