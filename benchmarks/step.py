@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--student", choices=tuple(networks.ARCHITECTURES), default="dgcnn")
     parser.add_argument("--compress", type=float, default=40.0)
     parser.add_argument("--discriminators", type=lambda text: text.split(","), default=["teacher"])
-    parser.add_argument("--seconds", type=float, default=30.0, help="per size of the clouds")
+    parser.add_argument("--seconds", type=float, default=60.0, help="per size of the clouds")
     parser.add_argument("--rounds", type=int, default=7, help="at least")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's default if not given)")
     parser.add_argument("--output", type=Path)

@@ -73,21 +73,27 @@ def check_tensor(name: str, tensor: object) -> None:
         raise TypeError(message)
 
 
+def count_non_finite(tensor: Tensor) -> Tensor:
+    """How many values are NaN or infinite, as a scalar tensor."""
+    values = tensor.detach()
+    if look(values):
+        # The sum is finite unless something is not (or it overflows): one pass, nothing stored.
+        wide = values.dtype in (torch.float32, torch.float64)
+        if torch.isfinite(values.sum(dtype=None if wide else torch.float32)):
+            return torch.zeros((), dtype=torch.int64, device=values.device)
+    return (~torch.isfinite(values)).sum()
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise if `tensor` may be looked at and holds NaN or infinity."""
-    if not look(tensor) or tensor.numel() == 0:
-        return
-    # The sum is finite unless something is not (or it overflows): one pass with nothing stored.
-    total = tensor.detach().sum(dtype=torch.float64)
-    if not torch.isfinite(total):
-        bad = int((~torch.isfinite(tensor.detach())).sum())
-        if bad:
-            message = (
-                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite "
-                f"({describe(tensor)}); look at what produced them (overflow in half precision, a "
-                f"division by zero, a diverged training run)"
-            )
-            raise ValueError(message)
+    bad = int(count_non_finite(tensor)) if look(tensor) else 0
+    if bad:
+        message = (
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite "
+            f"({describe(tensor)}); look at what produced them (overflow in half precision, a "
+            f"division by zero, a diverged training run)"
+        )
+        raise ValueError(message)
 
 
 def choose(argument: str, name: str, table: Mapping[str, T]) -> T:

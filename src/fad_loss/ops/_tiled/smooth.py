@@ -23,25 +23,23 @@ from fad_loss.ops._tiled.tiles import Clouds, groups, own_pairs
 from fad_loss.ops.kernels import Kernel
 
 Offsets = Tensor | None
+Tile = tuple[slice, slice]
 
 
-class _Sums:
-    """Gradients being accumulated over the tiles of one group: of x, and of y where it is wanted.
+def _pull(
+    weights: Tensor, x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor | None, tile: Tile
+) -> None:
+    """Add the gradient of sum_ij W_ij |x_i - y_j|^2 to that of x, and to that of y if wanted.
 
-    `pull` works on centered points: the result does not change, and less of it cancels.
+    On centered points: the result is the same, and less of it cancels.
     """
-
-    def __init__(self, clouds: Clouds, *, of_y: bool) -> None:
-        self.x = torch.zeros_like(clouds.x)
-        self.y = torch.zeros_like(clouds.y) if of_y else None
-
-    def pull(self, weights: Tensor, x: Tensor, y: Tensor, rows: slice, columns: slice) -> None:
-        """Add the gradient of sum_ij W_ij |x_i - y_j|^2 by x and y."""
-        part = x[:, rows] * weights.sum(-1, keepdim=True)
-        self.x[:, rows] += 2 * part.baddbmm(weights, y[:, columns], alpha=-1)
-        if self.y is not None:
-            part = y[:, columns] * weights.sum(-2).unsqueeze(-1)
-            self.y[:, columns] += 2 * part.baddbmm(weights.mT, x[:, rows], alpha=-1)
+    rows, columns = tile
+    x, y = x[:, rows], y[:, columns]
+    of_x[:, rows].addcmul_(x, weights.sum(-1, keepdim=True), value=2)
+    of_x[:, rows].baddbmm_(weights, y, alpha=-2)
+    if of_y is not None:
+        of_y[:, columns].addcmul_(y, weights.sum(-2).unsqueeze(-1), value=2)
+        of_y[:, columns].baddbmm_(weights.mT, x, alpha=-2)
 
 
 def _directional(
@@ -114,7 +112,7 @@ def kernel_sum_backward(
         clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
         g = group.of_x(grad).unsqueeze(-1)
         w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
-        sums = _Sums(clouds, of_y=of_y)
+        dx, dy = group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None
         for rows, columns in clouds:
             d = clouds.distances(rows, columns)
             first = kernel.first(d).mul_(g[:, rows])
@@ -127,10 +125,7 @@ def kernel_sum_backward(
                 group.of_y(grads[2])[:, columns] += (g[:, rows] * value).sum(-2)
             if w is not None:
                 first.mul_(w[..., columns])
-            sums.pull(first, clouds.x, clouds.y, rows, columns)
-        group.of_x(grads[0]).copy_(sums.x)
-        if sums.y is not None:
-            group.of_y(grads[1]).copy_(sums.y)
+            _pull(first, clouds.x, clouds.y, dx, dy, (rows, columns))
     return grads
 
 
@@ -156,7 +151,7 @@ def kernel_sum_double_backward(
         gt = None if t is None else _wide(group.of_y(t)).unsqueeze(-2)
         g = group.of_x(grad).unsqueeze(-1)
         w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
-        sums = _Sums(clouds, of_y=True)
+        dx, dy = group.of_x(grads[1]), group.of_y(grads[2])
         for rows, columns in clouds:
             d = clouds.distances(rows, columns)
             delta = _directional(clouds, gu, gv, rows, columns)
@@ -177,11 +172,8 @@ def kernel_sum_double_backward(
                 weighted = weighted + gt[..., columns] * value
                 a = a + gt[..., columns] * first
             group.of_x(grads[0])[:, rows] += weighted.sum(-1)
-            sums.pull(a * g[:, rows], clouds.x, clouds.y, rows, columns)
-            sums.pull(p * g[:, rows], gu, _zeros(gv, clouds.y), rows, columns)
-        group.of_x(grads[1]).copy_(sums.x)
-        if sums.y is not None:
-            group.of_y(grads[2]).copy_(sums.y)
+            _pull(a * g[:, rows], clouds.x, clouds.y, dx, dy, (rows, columns))
+            _pull(p * g[:, rows], gu, _zeros(gv, clouds.y), dx, dy, (rows, columns))
     return grads
 
 
@@ -286,7 +278,7 @@ def softmin_backward(
         h = None if bias is None else group.of_y(bias)
         p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
         g = group.of_x(grad)
-        sums = _Sums(clouds, of_y=of_y)
+        dx, dy = group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None
         for rows, columns in clouds:
             weights: Tensor | None = None
             for e, tile in enumerate(p.on(rows, columns)):
@@ -295,10 +287,7 @@ def softmin_backward(
                     group.of_y(grads[2])[:, columns, e] -= weighted.sum(-2)
                 weights = weighted if weights is None else weights.add_(weighted)
             if weights is not None:
-                sums.pull(weights, clouds.x, clouds.y, rows, columns)
-        group.of_x(grads[0]).copy_(sums.x)
-        if sums.y is not None:
-            group.of_y(grads[1]).copy_(sums.y)
+                _pull(weights, clouds.x, clouds.y, dx, dy, (rows, columns))
     return grads
 
 
@@ -332,7 +321,7 @@ def softmin_double_backward(
         gt = None if t is None else _wide(group.of_y(t)).mT.unsqueeze(-2)
         g = group.of_x(grad)
         mean = group.of_x(grads[0])
-        sums = _Sums(clouds, of_y=True)
+        dx, dy = group.of_x(grads[1]), group.of_y(grads[2])
         for rows in clouds.rows():
             for columns in clouds.columns():
                 delta = _directional(clouds, gu, gv, rows, columns)
@@ -349,9 +338,6 @@ def softmin_double_backward(
                     change = weighted * (q - mean[:, rows, e, None]) / epsilon[e]
                     a -= change
                     group.of_y(grads[3])[:, columns, e] += change.sum(-2)
-                sums.pull(a, clouds.x, clouds.y, rows, columns)
-                sums.pull(w, gu, _zeros(gv, clouds.y), rows, columns)
-        group.of_x(grads[1]).copy_(sums.x)
-        if sums.y is not None:
-            group.of_y(grads[2]).copy_(sums.y)
+                _pull(a, clouds.x, clouds.y, dx, dy, (rows, columns))
+                _pull(w, gu, _zeros(gv, clouds.y), dx, dy, (rows, columns))
     return grads

@@ -142,7 +142,8 @@ def rounding_unit(t: Tensor) -> float:
 
 
 def _norms(t: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vecdot(t, t)
+    # Not vecdot, which stores all squares on its way.
+    norms: Tensor = torch.linalg.vector_norm(t, dim=-1).square_()
     return norms
 
 
