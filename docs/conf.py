@@ -40,7 +40,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_custom_sections = [("Shape", "notes_style"), ("Source", "notes_style")]
+napoleon_custom_sections = [(name, "notes_style") for name in ("Shape", "Cost", "Source")]
 
 nitpicky = True
 nitpick_ignore: list[tuple[str, str]] = []

@@ -200,6 +200,17 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         TypeError: not floating-point, or two different dtypes.
         RuntimeError: the backend cannot run here.
 
+    Cost:
+        The screening product is 2 N M C flops a cloud, the recomputation 3 C for each candidate: 4
+        a point on a GPU (8 for a bfloat16 product), 1 on a CPU, where rows that the screening does
+        not settle are the exception and get all they need. The backward pass is O(N C). Up to
+        C = 16 differences are summed instead, 3 N M C flops. Beyond the result, memory holds
+        centered copies of x and y, and on a CPU a tile of 16 MiB (64 rows, if those are more); a
+        GPU reads x once and y once per tile of 64 rows, mostly from its L2 cache. float32 products
+        follow ``torch.set_float32_matmul_precision``: tf32x3 for "highest", tf32 for "high",
+        bfloat16 for "medium"; half precision is multiplied as it is. Only the screening becomes
+        coarser. float64 on a GPU takes the tiled path.
+
     Example:
         >>> x = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
         >>> y = torch.tensor([[[0.0, 1.0], [5.0, 0.0], [3.0, 0.0]]])
@@ -234,6 +245,12 @@ def knn(
             fit, or a CPU tensor holds NaN or infinity.
         TypeError: k is not an int; not floating-point, or two different dtypes.
         RuntimeError: the backend cannot run here.
+
+    Cost:
+        That of `nearest`, with a list of 8 to 64 candidates a point, a power of two beyond k, that
+        stays in registers on a GPU; a point's list changes about k log(M / k) times. Larger k, and
+        float64, take the tiled path there, whose tiles are in memory and reduced by
+        :func:`torch.topk`. The backward pass is O(N k C).
 
     Example:
         >>> x = torch.tensor([[[0.0], [1.0], [3.0]]])
@@ -309,6 +326,17 @@ def kernel_mean(
             NaN or infinity in a CPU tensor.
         TypeError: not floating-point, two different dtypes, or `kernel` is not a kernel.
         RuntimeError: the backend cannot run here.
+
+    Cost:
+        2 N M C flops a cloud forward, and one exponential or root per pair; Gaussian bandwidths
+        whose ratios are powers of 2 or of its root share one exponential. The backward pass
+        recomputes each pair's weight: 4 N M C flops for the gradient of x and as much for that of
+        y, up to 128 channels; wider points recompute it once per 128 channels. Second derivatives
+        take 10 N M C. Beyond results and gradients, memory holds centered copies of the points, and
+        on a CPU tiles of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by
+        rows, without atomics. float32 products follow
+        ``torch.set_float32_matmul_precision`` as in `nearest`, and here the result does too; up to
+        C = 16 differences are summed. float64 takes the tiled path.
 
     Example:
         >>> x = torch.tensor([[[0.0]]])
@@ -438,6 +466,12 @@ def softmin(
             infinity in a CPU tensor (-inf is allowed in `log_weights`).
         TypeError: not floating-point, two different dtypes, or `epsilon` not a number.
         RuntimeError: the backend cannot run here.
+
+    Cost:
+        2 N M C flops a cloud forward, with a running maximum and sum per row, and one exponential
+        per pair and temperature; up to 4 temperatures share one pass on a GPU, all of them on a
+        CPU. The backward pass recomputes the probabilities, second derivatives too (2 temperatures
+        a pass), at the flops, the memory and the precision of `kernel_mean`.
 
     Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn
     divergences", AISTATS 2019.

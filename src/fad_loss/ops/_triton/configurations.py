@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,14 +132,24 @@ def run(
         size = 32 if rows.clouds.total <= 128 else 128
         start(tiles[0]._replace(rows=size, columns=size))
         return
+    measure = partial(triton.testing.do_bench, return_mode="median")
+    timer = (lambda entry: measure(partial(start, entry))) if may_time(device) else None
+    start(tiles[choose(bucket, tiles, few, timer)])
+
+
+def choose(
+    bucket: str, tiles: tuple[Tile, ...], few: bool, timer: Callable[[Tile], float] | None
+) -> int:
+    """The number of the entry to take: the fastest if that was timed, else the heuristic's."""
     choices = tuned()
-    if bucket not in choices and len(tiles) > 1 and may_time(device):
-        times = [triton.testing.do_bench(partial(start, e), return_mode="median") for e in tiles]
+    if timer is not None and len(tiles) > 1 and bucket not in choices:
+        times = [timer(entry) for entry in tiles]
         remember(bucket, times.index(min(times)))
     number = choices.get(bucket, len(tiles))
-    if number >= len(tiles):
-        number = min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
-    start(tiles[number])
+    # A file of another version of the table may name an entry that is not there.
+    if 0 <= number < len(tiles):
+        return number
+    return min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
 
 
 def may_time(device: torch.device) -> bool:
@@ -179,9 +190,9 @@ def tuned() -> dict[str, int]:
     """Choices made by timing, by device and bucket; none if the file is missing or unreadable."""
     try:
         found = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
+        return {str(bucket): int(number) for bucket, number in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
-    return {str(k): int(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def remember(bucket: str, number: int) -> None:
