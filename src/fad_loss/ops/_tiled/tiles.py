@@ -149,10 +149,14 @@ def _norms(t: Tensor) -> Tensor:
 
 def direct_distances(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances as sums of differences, channel by channel: nothing cancels."""
-    d = torch.zeros(*x.shape[:2], y.shape[1], dtype=x.dtype, device=x.device)
-    for channel in range(x.shape[-1]):
-        difference = x[..., channel, None] - y[:, None, :, channel]
-        d.addcmul_(difference, difference)
+    d = x.new_empty(*x.shape[:2], y.shape[1])
+    channels = y.mT.contiguous()
+    # The passes over a channel stay in the cache, however large the tile is.
+    for rows in steps(x.shape[1], tile_size(x) // max(x.shape[0] * y.shape[1], 1)):
+        part = d[:, rows].zero_()
+        for channel in range(x.shape[-1]):
+            difference = x[:, rows, channel, None] - channels[:, None, channel]
+            part.addcmul_(difference, difference)
     return d
 
 
