@@ -3,17 +3,16 @@
 Every kernel of `fad_loss.ops._triton` and every entry of its table of tiles is compiled for sm_80,
 sm_90 and sm_100, with the arguments that the library itself would pass (recorded from a run on meta
 tensors), the heaviest ones: several temperatures with biases, ragged clouds, exclude_self. Results
-go to a JSON; what is wrong in it is printed and makes the exit status 1:
+go to a JSON for each version of Triton; what is wrong in it is printed and makes the exit status 1:
 
 - a stack frame (registers spilled to memory), or more shared memory than the GPU has;
 - a missing matrix instruction of the target's own: mma (sm_80), wgmma (sm_90), tcgen05 (sm_100);
 - no asynchronous copies (cp.async) into the tiles;
 - a 32-bit number added to a pointer to a whole tensor.
 
-    python benchmarks/kernels_report.py                       # all, 10 to 20 minutes on 2 cores
+    python benchmarks/kernels_report.py                        # all, 10 to 20 minutes on 2 cores
     python benchmarks/kernels_report.py --only pull --arch 90  # some
-    python benchmarks/kernels_report.py --check                # nothing is compiled: is the JSON
-    current?
+    python benchmarks/kernels_report.py --check                # compile nothing: are they current?
 
 An interrupted run continues where it was: entries of unchanged sources are kept.
 """
@@ -43,8 +42,9 @@ from fad_loss.ops._triton import configurations, prepare, search
 from fad_loss.ops._triton.configurations import entries
 from fad_loss.ops._triton.prepare import padded
 
-HERE = Path(__file__).resolve().parent
-REPORT = HERE / "results" / "kernels-report.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+# A report for each version of Triton.
+NAME = "kernels-report-{}.json"
 ARCHITECTURES = (80, 90, 100)
 # Shared memory of a block, in KiB.
 SHARED = {80: 163, 90: 227, 100: 227}
@@ -73,7 +73,8 @@ FORMATS = {
     "half": (torch.bfloat16, "high", (64, 256)),
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
-KERNELS = ("reduce", "pull", "pull_twice", "scan", "shortlist")
+KERNELS = ("reduce", "pull", "pull_twice", "scan", "shortlist", "longlist")
+NEIGHBORS = {"scan": 1, "shortlist": 60, "longlist": 64}
 
 
 def record(
@@ -107,7 +108,7 @@ def record(
                 moves, moves, values, values, x, x, values, values, epsilon, *clouds
             )
         else:
-            _triton.knn(x, x, 1 if kernel == "scan" else 60, *clouds)
+            _triton.knn(x, x, NEIGHBORS[kernel], *clouds)
     finally:
         torch.set_float32_matmul_precision(before)
         for module, launch in zip(modules, saved, strict=True):
@@ -189,7 +190,7 @@ def problems(entry: dict[str, Any]) -> list[str]:
         wrong.append(f"no {MATRIX[architecture]}")
     # The short list's inner loop keeps tiles of a single block of channels from being pipelined.
     single = entry["channels"] <= entry["tile"]["BLOCK_CHANNELS"]
-    pipelined = multiplies and not (entry["kernel"] == "shortlist" and single)
+    pipelined = multiplies and not (entry["function"] == "shortlist_kernel" and single)
     if pipelined and not instructions["cp.async"]:
         wrong.append("no cp.async")
     if entry["narrow_offsets"]:
@@ -253,23 +254,49 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     return {**identity(case), **describe(function, arguments, case["architecture"])}
 
 
+Key = tuple[Any, ...]
+
+
+def entries_in(path: Path) -> dict[Key, dict[str, Any]]:
+    """What a report says, by case."""
+    if not path.exists():
+        return {}
+    return {tuple(e[key] for key in KEYS): e for e in json.loads(path.read_text())["kernels"]}
+
+
+def is_current(entry: dict[str, Any] | None, case: dict[str, Any]) -> bool:
+    """Whether an entry is of the sources and the table as they are now."""
+    return entry is not None and identity(case).items() <= entry.items()
+
+
+def check(path: Path) -> int:
+    """Print what is wrong with a report, whichever version of Triton it is of."""
+    known, wrong = entries_in(path), []
+    for case in cases(list(KERNELS), list(ARCHITECTURES)):
+        key = tuple(case[name] for name in KEYS)
+        found = problems(known[key]) if is_current(known.get(key), case) else ["is not compiled"]
+        wrong += [(*key, text) for text in found]
+    for line in wrong:
+        print(*line)
+    print(f"{path.name}: {len(known)} kernels, {len(wrong)} problems", flush=True)
+    return 1 if wrong else 0
+
+
 def main() -> int:
     """Compile what is missing, write the report, say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=REPORT)
+    parser.add_argument("--output", type=Path, help="(results/kernels-report-TRITON.json)")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--check", action="store_true", help="compile nothing, find what is stale")
+    parser.add_argument("--check", action="store_true", help="compile nothing, check all reports")
     options = parser.parse_args()
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
-    if options.output.exists():
-        report = json.loads(options.output.read_text())
-        if report["triton"] == triton.__version__:
-            known = {tuple(entry[key] for key in KEYS): entry for entry in report["kernels"]}
-    current: dict[tuple[Any, ...], dict[str, Any]] = {}
-    missing = 0
-    # What is not asked for is kept as it is.
+    if options.check:
+        reports = [options.output] if options.output else sorted(RESULTS.glob(NAME.format("*")))
+        return max((check(path) for path in reports), default=1)
+    output = options.output or RESULTS / NAME.format(triton.__version__)
+    known, wrong = entries_in(output), []
+    kept: dict[Key, dict[str, Any]] = {}
     for case in cases(list(KERNELS), list(ARCHITECTURES)):
         key = tuple(case[name] for name in KEYS)
         wanted = (
@@ -277,36 +304,27 @@ def main() -> int:
             and case["format"] in options.formats
             and case["architecture"] in (options.arch or ARCHITECTURES)
         )
-        is_current = key in known and identity(case).items() <= known[key].items()
-        if is_current or (key in known and not wanted):
-            current[key] = known[key]
-        elif wanted and not options.check:
-            current[key] = compile_case(case)
-            print(*key, current[key]["registers"], *problems(current[key]), flush=True)
+        if wanted and not is_current(known.get(key), case):
+            known[key] = compile_case(case)
+            print(*key, known[key]["registers"], *problems(known[key]), flush=True)
             # Written as it grows, so that an interrupted run loses nothing.
-            kept = {**known, **current}
-            write(options.output, triton.__version__, [kept[key] for key in sorted(kept)])
-        elif key in known:
-            print(*key, "has changed since it was compiled")
-            current[key] = {}
-        elif wanted:
-            missing += 1
-    if not options.check:
-        write(options.output, triton.__version__, [current[key] for key in sorted(current)])
-    wrong = [(key, text) for key, entry in current.items() if entry for text in problems(entry)]
-    for key, text in wrong:
-        print(*key, text)
-    stale = sum(not entry for entry in current.values())
-    print(
-        f"{len(current)} kernels: {stale} stale, {len(wrong)} problems; {missing} not compiled yet"
-    )
-    return 1 if wrong or stale else 0
+            write(output, [known[key] for key in sorted(known)])
+        if key in known:
+            kept[key] = known[key]
+            wrong += [(*key, text) for text in problems(known[key]) if wanted]
+    # Without entries that the table does not have any more.
+    write(output, [kept[key] for key in sorted(kept)])
+    for line in wrong:
+        print(*line)
+    print(f"{output.name}: {len(kept)} kernels, {len(wrong)} problems")
+    return 1 if wrong else 0
 
 
-def write(path: Path, version: str, entries: list[dict[str, Any]]) -> None:
+def write(path: Path, entries: list[dict[str, Any]]) -> None:
     """Write the report."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"triton": version, "kernels": entries}, indent=1) + "\n")
+    report = {"triton": triton.__version__, "kernels": entries}
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -247,9 +247,9 @@ def knn(
         RuntimeError: the backend cannot run here.
 
     Cost:
-        That of `nearest`, with a list of 8 to 64 candidates a point, a power of two beyond k, that
-        stays in registers on a GPU; a point's list changes about k log(M / k) times. Larger k, and
-        float64, take the tiled path there, whose tiles are in memory and reduced by
+        That of `nearest`, with a list of 8 to 128 candidates a point, a power of two beyond k, that
+        stays in registers on a GPU; a point's list changes about k log(M / k) times. From k = 65
+        on, and in float64, it is the tiled path there, whose tiles are in memory and reduced by
         :func:`torch.topk`. The backward pass is O(N k C).
 
     Example:

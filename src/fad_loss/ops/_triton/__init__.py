@@ -2,7 +2,7 @@
 
 Two cases go to the tiled backend, which computes the same with PyTorch's own matrix products:
 float64, which is for checking and which matrix units below data-center GPUs lack, and knn with k >
-60, whose lists do not fit into registers.
+64, whose lists do not fit into registers.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "tf32"): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("reduce", "half"): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
     ("pull", "direct"): (Tile(64, 32, 16, 4, 2, 16),),
-    ("pull", "tf32x3"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("pull", "tf32x3"): (Tile(64, 32, 16, 8, 2, 128),),
     ("pull", "tf32"): (Tile(64, 64, 32, 8, 2, 128),),
     ("pull", "half"): (Tile(64, 64, 64, 8, 2, 128),),
     ("pull_twice", "direct"): (Tile(32, 32, 16, 4, 2, 16),),
@@ -78,6 +78,10 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("shortlist", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
     ("shortlist", "tf32"): (Tile(64, 64, 32, 8, 3),),
     ("shortlist", "half"): (Tile(64, 64, 64, 8, 3),),
+    ("longlist", "direct"): (Tile(64, 32, 16, 8, 2),),
+    ("longlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
+    ("longlist", "tf32"): (Tile(64, 32, 32, 8, 3),),
+    ("longlist", "half"): (Tile(64, 32, 64, 8, 3),),
 }
 
 # What would spill on compute capability 8, where operands are in registers as well as the sums.
@@ -85,15 +89,30 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3),),
     ("reduce", "half"): (Tile(64, 64, 64, 8, 3),),
+    ("pull", "tf32x3"): (Tile(64, 16, 32, 8, 2, 128),),
+    ("pull", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("pull", "half"): (Tile(64, 16, 64, 8, 2, 128),),
+    ("pull_twice", "tf32"): (Tile(64, 16, 32, 8, 2, 128),),
     ("scan", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
+    ("shortlist", "tf32"): (Tile(64, 32, 32, 8, 3),),
     ("shortlist", "half"): (Tile(64, 32, 64, 8, 3),),
+    ("longlist", "tf32x3"): (Tile(64, 16, 32, 8, 2),),
+}
+
+
+# And what would spill on compute capability 10 with Triton 3.6.
+BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("pull", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
+    ("longlist", "tf32"): (Tile(64, 32, 16, 8, 3),),
 }
 
 
 def entries(name: str, form: str, major: int) -> tuple[Tile, ...]:
     """The entries of a kernel and a format, for a compute capability; none if there is no such."""
-    return (AMPERE if major == 8 else TABLE).get((name, form)) or TABLE.get((name, form), ())
+    own = {8: AMPERE, 10: BLACKWELL}.get(major, {})
+    return own.get((name, form)) or TABLE.get((name, form), ())
 
 
 def format_of(points: Points) -> str:

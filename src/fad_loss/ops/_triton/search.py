@@ -32,11 +32,12 @@ from fad_loss.ops._triton.launch import SIZES, launch, on_device
 from fad_loss.ops._triton.prepare import Clouds, Points, flat, prepare_pair, schedule, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
 
-# A short list of 64 stays in registers; with the margin that is 60 neighbors. More are the tiled
-# backend's.
-LARGEST_SHORT_LIST = 64
+# A short list of 128 stays in registers, with the margin that 64 neighbors need under the coarsest
+# multiply. More are the tiled backend's. From 65 on, lists take tiles of their own.
+LARGEST_SHORT_LIST = 128
+LARGEST_K = 64
+LONG = 64
 MARGIN = 4
-LARGEST_K = LARGEST_SHORT_LIST - MARGIN
 _LAST = tl.constexpr(-(2**63))
 
 
@@ -305,6 +306,7 @@ def screen(rows: Points, columns: Points, k: int, exclude_self: bool) -> Tensor:
     """The short list of every row, (T, SHORT)."""
     short = short_list(k, rows.format.rounding)
     kernel, name = (scan_kernel, "scan") if k == 1 else (shortlist_kernel, "shortlist")
+    name = "longlist" if short > LONG else name
     device = rows.values.device
     candidates = torch.empty((rows.clouds.total, short), dtype=torch.int32, device=device)
     arguments = {
