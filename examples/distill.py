@@ -57,7 +57,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-baseline", action="store_true", help="do not train the student alone")
     add("--only", choices=["teacher"], help="stop after the teacher")
     add("--weight", type=float, default=1.0, help="of the distillation term (1)")
-    add("--discriminator", choices=["teacher", "point", "neighborhood", "cloud"], default="teacher")
+    add("--discriminator", default="teacher", choices=[
+        "teacher", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
     add("--validate", action="store_true", help="hold out a tenth of training as the test split")

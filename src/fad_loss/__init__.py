@@ -10,6 +10,7 @@ from fad_loss._checks import debug
 from fad_loss.discriminators import (
     CloudDiscriminator,
     HeadDiscriminator,
+    MatchDiscriminator,
     NeighborhoodDiscriminator,
     PointDiscriminator,
     TeacherDiscriminator,
@@ -21,6 +22,7 @@ __all__ = [
     "CloudDiscriminator",
     "FeatureAdversarialLoss",
     "HeadDiscriminator",
+    "MatchDiscriminator",
     "NeighborhoodDiscriminator",
     "PointDiscriminator",
     "TeacherDiscriminator",

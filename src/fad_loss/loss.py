@@ -15,6 +15,7 @@ from fad_loss._checks import check_finite, choose, count_non_finite, describe
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise, unpack, wrap
 from fad_loss.discriminators import (
     CloudDiscriminator,
+    MatchDiscriminator,
     NeighborhoodDiscriminator,
     PointDiscriminator,
     TeacherDiscriminator,
@@ -34,6 +35,7 @@ _DISCRIMINATORS: Final[dict[str, Callable[[int], nn.Module]]] = {
     "point": PointDiscriminator,
     "neighborhood": NeighborhoodDiscriminator,
     "cloud": CloudDiscriminator,
+    "match": MatchDiscriminator,
 }
 _STATISTICS: Final = (
     "student_loss",
@@ -74,7 +76,7 @@ class FeatureAdversarialLoss(nn.Module):
         student_channels: C of the student's features.
         teacher_channels: C of the teacher's features.
         discriminator: "teacher" (no parameters: the teacher's features are the discriminator),
-            "point", "neighborhood", "cloud", or any module called as
+            "point", "neighborhood", "cloud", "match", or any module called as
             ``discriminator(features, reference=..., labels=...)`` (those of the keywords that its
             forward has) that returns one score per point or per cloud.
         objective: "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic", or an
@@ -336,7 +338,8 @@ class FeatureAdversarialLoss(nn.Module):
             return penalized_scores(score, features) if penalise else (score(features), None)
 
         together = is_ragged(real) or (real.shape == fake.shape)
-        if together and "student" not in self._keywords:
+        apart = "student" in self._keywords or getattr(self.discriminator, "compares_clouds", False)
+        if together and not apart:
             both, twice = _concatenate(real, fake), _concatenate(real, real)
             labels = None if labels is None else _concatenate(labels, labels)
             scores, penalty = scored(both, twice, labels, None)

@@ -11,6 +11,7 @@ from fad_loss import (
     CloudDiscriminator,
     FeatureAdversarialLoss,
     HeadDiscriminator,
+    MatchDiscriminator,
     NeighborhoodDiscriminator,
     PointDiscriminator,
     TeacherDiscriminator,
@@ -61,6 +62,10 @@ DISCRIMINATORS = {
     "head": lambda: HeadDiscriminator(classifier()),
     "head of labels": lambda: HeadDiscriminator(classifier(), target="labels", pool="mean"),
     "head of points": lambda: HeadDiscriminator(classifier(), pool=None),
+    "match": lambda: MatchDiscriminator(TEACHER),
+    "match queue": lambda: MatchDiscriminator(TEACHER, queue=4),
+    "match energy": lambda: MatchDiscriminator(TEACHER, distance="energy"),
+    "match chamfer": lambda: MatchDiscriminator(TEACHER, distance="chamfer"),
     "custom": Custom,
 }
 LEARNING = [
@@ -70,13 +75,19 @@ LEARNING = [
 ]
 LAYOUTS = ("N == M", "N != M", "ragged", "one ragged shape", "global", "bcn")
 # Scores that compare point i with point i need as many points on both sides; a class belongs to a
-# cloud, and global features are points of one set.
+# cloud, and global features are points of one set, which cannot be told from other sets.
 NOT_POSSIBLE = {
     ("head of points", "N != M"),
     ("head of points", "ragged"),
     ("head of points", "bcn"),
     ("cloud conditioned", "global"),
     ("head of labels", "global"),
+    *((name, "global") for name in DISCRIMINATORS if "match" in name),
+    *(
+        (f"match {d}", f"{r}ragged{s}")
+        for d in ("energy", "chamfer")
+        for r, s in (("", ""), ("one ", " shape"))
+    ),
 }
 POSSIBLE = [
     (name, layout)

@@ -6,6 +6,7 @@ or ragged, and return one score per point, `(B, N)` or ragged, or one per cloud,
 
 from fad_loss.discriminators.cloud import CloudDiscriminator
 from fad_loss.discriminators.head import HeadDiscriminator
+from fad_loss.discriminators.match import MatchDiscriminator
 from fad_loss.discriminators.neighborhood import NeighborhoodDiscriminator
 from fad_loss.discriminators.point import PointDiscriminator
 from fad_loss.discriminators.teacher import TeacherDiscriminator
@@ -13,6 +14,7 @@ from fad_loss.discriminators.teacher import TeacherDiscriminator
 __all__ = [
     "CloudDiscriminator",
     "HeadDiscriminator",
+    "MatchDiscriminator",
     "NeighborhoodDiscriminator",
     "PointDiscriminator",
     "TeacherDiscriminator",

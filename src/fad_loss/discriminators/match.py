@@ -1,0 +1,237 @@
+"""Recognition: whose features are these, among all clouds of the batch?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fad_loss import ops
+from fad_loss._checks import choose, describe
+from fad_loss._ragged import is_ragged
+from fad_loss.discriminators._layers import check_features, check_width, pooled
+
+_DISTANCES = {name: name for name in ("pooled", "energy", "chamfer")}
+# The temperature's logarithm stays within these: outside, probabilities are all 0 or 1, or equal.
+_COLDEST, _WARMEST = math.log(1e-3), math.log(1e2)
+
+
+class MatchDiscriminator(nn.Module):
+    r"""One score per cloud: how surely it is recognised as its own among the teacher's clouds.
+
+    .. math::
+        D_i = \log \frac{\exp(-d(S_i, T_i) / \tau)}{\sum_j \exp(-d(S_i, T_j) / \tau)}
+
+    The batch of the teacher's clouds is the discriminator. Other discriminators ask whether a cloud
+    looks like the teacher's, and let cloud i imitate cloud j; this one does not. With a hinge or
+    Wasserstein objective the student's term is the cross entropy of being recognised.
+
+    The distance d, in units that follow the teacher's features, is one of
+
+    - ``"pooled"``: squared, of the mean and the maximum over the points; in units of the mean
+      squared distance between the teacher's clouds;
+    - ``"energy"``: the energy distance of the points as sets, in units of the mean distance between
+      the points of a teacher's cloud;
+    - ``"chamfer"``: the Chamfer distance, in units of their mean squared distance.
+
+    Args:
+        channels: the features' channels.
+        distance: "pooled", "energy" or "chamfer".
+        temperature: :math:`\tau` to begin with; its logarithm is a parameter, which the
+            discriminator's loss trains.
+        queue: how many of the teacher's past clouds to recognise a cloud among, besides those of
+            the batch; for "pooled". It holds pooled features, fills while training, and is part of
+            the state dict.
+
+    Shape:
+        - features: ``(B, N, C)``, or ragged ``(B, j, C)`` for "pooled"
+        - reference: the teacher's features of the same clouds, ``(B, M, C)`` or ragged likewise
+        - output: ``(B,)``, at most 0
+
+    Raises:
+        ValueError: an unknown distance, a temperature that is not positive, a queue with another
+            distance than "pooled", a wrong shape, no reference, or a single cloud without a queue.
+
+    Cost:
+        "pooled": O(B^2 C). The others compare all B^2 pairs of sets, B calls of
+        `fad_loss.ops.kernel_mean` or `fad_loss.ops.nearest` on the whole batch.
+
+    Source: the cross entropy over a batch is van den Oord et al., *Representation learning with
+    contrastive predictive coding*, 2018, and for distillation Tian et al., *Contrastive
+    representation distillation*, ICLR 2020; the queue He et al., *MoCo*, CVPR 2020. The teacher's
+    sets as the classes are ours.
+
+    Note:
+        Under `DistributedDataParallel` every process compares within its own part of the batch.
+
+    Example:
+        >>> discriminator = MatchDiscriminator(16)
+        >>> teacher = torch.randn(4, 100, 16) + 3 * torch.randn(4, 1, 16)
+        >>> near = discriminator(teacher + 0.1, reference=teacher)
+        >>> wrong = discriminator(teacher.roll(1, 0), reference=teacher)
+        >>> bool((near > wrong).all())
+        True
+    """
+
+    compares_clouds: ClassVar[bool] = True
+    """A cloud's score depends on the others of the batch: real and fake must not be one batch."""
+
+    past: Tensor
+    filled: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        distance: str = "pooled",
+        temperature: float = 0.1,
+        queue: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_width("channels", channels)
+        self.channels = channels
+        self.distance = choose("distance", distance, _DISTANCES)
+        if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+            message = f"temperature: expected a positive number, got {temperature!r}"
+            raise ValueError(message)
+        if isinstance(queue, bool) or not isinstance(queue, int) or queue < 0:
+            message = f"queue: expected a number of clouds, 0 or more, got {queue!r}"
+            raise ValueError(message)
+        if queue and distance != "pooled":
+            message = (
+                f'queue: past clouds are kept as pooled features, for distance="pooled", got '
+                f"queue={queue} with distance={distance!r}"
+            )
+            raise ValueError(message)
+        self.queue, self.backend = queue, backend
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.register_buffer("past", torch.zeros(queue, 2 * channels))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether the cost grows with the square of the number of points."""
+        return self.distance != "pooled"
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(discriminator)``."""
+        return f"distance={self.distance!r}, queue={self.queue}"
+
+    def forward(
+        self,
+        features: Tensor,
+        reference: Tensor | None = None,
+        labels: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Score every cloud: the log-probability of being recognised as its own.
+
+        Args:
+            features: the clouds to score, the student's or the teacher's own.
+            reference: the teacher's features of the same clouds, in the same order.
+            labels: not used; every discriminator accepts them.
+        """
+        known = self._checked(features, reference).detach()
+        if self.distance == "pooled":
+            distance = self._pooled(features, known)
+        else:
+            compare = self._energy if self.distance == "energy" else self._chamfer
+            distance = compare(features, known)
+        temperature = self.log_temperature.clamp(_COLDEST, _WARMEST).exp()
+        logits = -distance / temperature
+        if self.queue:
+            # The part of the queue that is still empty.
+            place = torch.arange(distance.shape[-1], device=distance.device)
+            logits = logits.masked_fill(place >= len(known) + self.filled, -torch.inf)
+        # After the real clouds were scored, which would otherwise meet themselves.
+        if self.queue and self.training and torch.is_grad_enabled() and features is not reference:
+            self._remember(known)
+        return logits.log_softmax(-1).diagonal()
+
+    def _checked(self, features: Tensor, reference: Tensor | None) -> Tensor:
+        check_features("features", features, self.channels)
+        if reference is None:
+            message = (
+                "reference: MatchDiscriminator needs the teacher's features of the same clouds; "
+                "call discriminator(features, reference=teacher_features)"
+            )
+            raise ValueError(message)
+        check_features("reference", reference, self.channels)
+        if reference.shape[0] != features.shape[0]:
+            message = (
+                "reference: expected the teacher's features of the same clouds as features, got "
+                f"{describe(reference)} for {describe(features)}"
+            )
+            raise ValueError(message)
+        if features.shape[0] < 2 and not self.queue:
+            message = (
+                "features: MatchDiscriminator recognises a cloud among others, and needs at least "
+                f"2 clouds in a batch or queue= at least 1, got {describe(features)}; pass global "
+                "features as (B, 1, C)"
+            )
+            raise ValueError(message)
+        if self.distance != "pooled" and (is_ragged(features) or is_ragged(reference)):
+            message = (
+                f"features: distance={self.distance!r} expects clouds of equal size, (B, N, C), "
+                f'got {describe(features)}; ragged ones can use distance="pooled"'
+            )
+            raise ValueError(message)
+        return reference
+
+    def _pooled(self, features: Tensor, reference: Tensor) -> Tensor:
+        """Squared distances of pooled features to those of the teacher, (B, B + queue)."""
+        own, known = pooled(features), pooled(reference)
+        own, known = own.to(self.past.dtype), known.to(self.past.dtype)
+        center = known.mean(0)
+        own, here = own - center, known - center
+        # Twice the variance: the mean squared distance between two of the teacher's clouds.
+        unit = 2 * here.square().sum(-1).mean()
+        others = torch.cat([here, self.past - center]) if self.queue else here
+        distance = own.square().sum(-1, keepdim=True) + others.square().sum(-1)
+        distance = (distance - 2 * own @ others.mT).clamp_min(0)
+        return distance / torch.where(unit > 0, unit, 1.0)
+
+    @torch.no_grad()
+    def _remember(self, reference: Tensor) -> None:
+        known = pooled(reference).to(self.past.dtype)
+        self.past.copy_(torch.cat([known, self.past])[: self.queue])
+        self.filled.copy_((self.filled + len(known)).clamp_max(self.queue))
+
+    def _energy(self, features: Tensor, reference: Tensor) -> Tensor:
+        within = self._mean_kernel(reference, reference)
+        across = _all_pairs(self._mean_kernel, features, reference)
+        distance = self._mean_kernel(features, features)[:, None] + within - 2 * across
+        return distance / _unit(-within)
+
+    def _mean_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+        """Minus the mean distance of the points of each cloud to those of its partner."""
+        return ops.kernel_mean(x, y, ops.Energy(), backend=self.backend).mean(-1)
+
+    def _chamfer(self, features: Tensor, reference: Tensor) -> Tensor:
+        wide = reference.to(torch.promote_types(reference.dtype, torch.float32))
+        spread = 2 * (wide - wide.mean(1, keepdim=True)).square().sum(-1).mean(-1)
+
+        def chamfer(x: Tensor, y: Tensor) -> Tensor:
+            there, _ = ops.nearest(x, y, backend=self.backend)
+            back, _ = ops.nearest(y, x, backend=self.backend)
+            return there.mean(-1) + back.mean(-1)
+
+        return _all_pairs(chamfer, features, reference) / _unit(spread)
+
+
+def _all_pairs(compare: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """compare(x_i, y_j) for all i and j, (B, B): each call takes y turned round by one more."""
+    count = len(x)
+    columns = [compare(x, y.roll(-shift, 0)) for shift in range(count)]
+    place = torch.arange(count, device=x.device)
+    # Entry (i, s) belongs to j = (i + s) mod B.
+    return torch.stack(columns, -1).gather(1, (place - place.unsqueeze(1)) % count)
+
+
+def _unit(values: Tensor) -> Tensor:
+    """The mean over the clouds of what a distance is measured in; 1 if there is no spread."""
+    unit = values.detach().mean()
+    return torch.where(unit > 0, unit, 1.0)

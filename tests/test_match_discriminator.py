@@ -1,0 +1,244 @@
+"""MatchDiscriminator: a cloud is recognised by its features, among all clouds of the batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fad_loss import FeatureAdversarialLoss, MatchDiscriminator, distances, ragged
+
+B, N, M, C = 4, 7, 9, 5
+DISTANCES = ("pooled", "energy", "chamfer")
+
+
+def clouds(seed=0, count=B, points=N, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randn(count, 1, C, generator=generator, dtype=torch.float64)
+    spread = torch.randn(count, points, C, generator=generator, dtype=torch.float64)
+    return (places + 0.5 * spread).to(dtype)
+
+
+def pooled(x):
+    return torch.cat([x.mean(1), x.amax(1)], -1)
+
+
+def by_hand(distance, x, y):
+    """All distances, pair by pair, in their unit."""
+    result = torch.zeros(len(x), len(y), dtype=x.dtype)
+    for i, a in enumerate(x):
+        for j, b in enumerate(y):
+            if distance == "pooled":
+                result[i, j] = (pooled(a[None]) - pooled(b[None])).square().sum()
+            elif distance == "energy":
+                across, own, other = (torch.cdist(*p).mean() for p in ((a, b), (a, a), (b, b)))
+                result[i, j] = 2 * across - own - other
+            else:
+                d = torch.cdist(a, b).square()
+                result[i, j] = d.amin(0).mean() + d.amin(1).mean()
+    if distance == "pooled":
+        return result / torch.cdist(pooled(y), pooled(y)).square().mean()
+    within = torch.cdist(y, y) if distance == "energy" else torch.cdist(y, y).square()
+    return result / within.mean()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_the_probability_of_the_own_cloud(distance, temperature):
+    x, y = clouds(), clouds(1, points=M)
+    discriminator = MatchDiscriminator(C, distance=distance, temperature=temperature).double()
+    expected = (-by_hand(distance, x, y) / temperature).log_softmax(1).diagonal()
+    torch.testing.assert_close(discriminator(x, reference=y), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_order_of_points_and_of_clouds(distance):
+    discriminator = MatchDiscriminator(C, distance=distance).double()
+    x, y = clouds(), clouds(1, points=M)
+    scores = discriminator(x, reference=y)
+    assert scores.shape == (B,)
+    assert (scores < 0).all()
+    torch.testing.assert_close(discriminator(x.flip(1), reference=y.flip(1)), scores)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(discriminator(x[order], reference=y[order]), scores[order])
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_own_cloud_is_recognised_and_anothers_is_not(distance):
+    discriminator = MatchDiscriminator(C, distance=distance).double()
+    y = clouds(1)
+    own = discriminator(y, reference=y)
+    assert (own > discriminator(y.roll(1, 0), reference=y)).all()
+    assert (own > math.log(1 / B)).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_in_units_of_the_teacher(distance):
+    """Scaling and shifting all features alike changes nothing."""
+    discriminator = MatchDiscriminator(C, distance=distance).double()
+    x, y = clouds(), clouds(1)
+    scores = discriminator(x, reference=y)
+    torch.testing.assert_close(discriminator(30 * x + 5, reference=30 * y + 5), scores)
+
+
+def test_teacher_clouds_that_all_coincide():
+    y = torch.ones(B, N, C)
+    for distance in DISTANCES:
+        x = torch.randn(B, N, C, requires_grad=True)
+        scores = MatchDiscriminator(C, distance=distance)(x, reference=y)
+        torch.testing.assert_close(scores, torch.full((B,), -math.log(B)))
+        scores.sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_ragged_clouds_are_pooled():
+    lengths = [3, 6, 2]
+    parts = [torch.randn(n, C) for n in lengths]
+    others = [torch.randn(n + 1, C) for n in lengths]
+    discriminator = MatchDiscriminator(C)
+    x = ragged(torch.cat(parts), lengths=torch.tensor(lengths))
+    y = ragged(torch.cat(others), lengths=torch.tensor(lengths) + 1)
+    own = torch.cat([pooled(p[None]) for p in parts])
+    known = torch.cat([pooled(p[None]) for p in others])
+    d = torch.cdist(own, known).square() / torch.cdist(known, known).square().mean()
+    expected = (-d / 0.1).log_softmax(1).diagonal()
+    torch.testing.assert_close(discriminator(x, reference=y), expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------- queue
+
+
+def test_the_queue_fills_and_forgets():
+    discriminator = MatchDiscriminator(C, queue=6).double()
+    first, second = clouds(1), clouds(2)
+    x = clouds(3)
+    empty = MatchDiscriminator(C).double()(x, reference=first)
+    torch.testing.assert_close(discriminator(x, reference=first), empty)
+    assert int(discriminator.filled) == B
+    torch.testing.assert_close(discriminator.past[:B], pooled(first))
+    expected = torch.cat([pooled(second), pooled(first)])
+    got = discriminator(x, reference=second)
+    d = torch.cdist(pooled(x), expected).square()
+    unit = torch.cdist(pooled(second), pooled(second)).square().mean()
+    torch.testing.assert_close(got, (-d / unit / 0.1).log_softmax(1).diagonal())
+    assert int(discriminator.filled) == 6
+    torch.testing.assert_close(discriminator.past, expected[:6])
+
+
+def test_the_queue_learns_only_from_the_students_call_in_training():
+    discriminator = MatchDiscriminator(C, queue=6).double()
+    x, y = clouds(), clouds(1)
+    discriminator(y, reference=y)
+    with torch.no_grad():
+        discriminator(x, reference=y)
+    discriminator.eval()(x, reference=y)
+    assert int(discriminator.filled) == 0
+    discriminator.train()(x, reference=y)
+    assert int(discriminator.filled) == B
+
+
+def test_the_queue_is_filled_once_a_step_by_the_loss_and_is_saved():
+    fad = FeatureAdversarialLoss(C, C, discriminator=MatchDiscriminator(C, queue=10))
+    for step in range(1, 4):
+        fad(torch.randn(B, N, C), torch.randn(B, N, C)).backward()
+        assert int(fad.discriminator.filled) == min(10, step * B)
+    other = FeatureAdversarialLoss(C, C, discriminator=MatchDiscriminator(C, queue=10))
+    other.load_state_dict(fad.state_dict())
+    torch.testing.assert_close(other.discriminator.past, fad.discriminator.past)
+
+
+def test_one_cloud_is_recognised_among_past_ones():
+    discriminator = MatchDiscriminator(C, queue=3)
+    x, y = clouds(count=1, dtype=torch.float32), clouds(1, count=1, dtype=torch.float32)
+    assert discriminator(x, reference=y) == 0
+    assert discriminator(x, reference=y + 1) < 0
+
+
+# ------------------------------------------------------------------------------------ learning
+
+
+def test_with_hinge_the_student_minimises_cross_entropy():
+    fad = FeatureAdversarialLoss(C, C, discriminator="match", normalize=False, adapter="identity")
+    x, y = clouds(dtype=torch.float32), clouds(1, dtype=torch.float32)
+    logits = -by_hand("pooled", x, y) / 0.1
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(B))
+    torch.testing.assert_close(fad.student_loss(x, y), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_it_pulls_every_cloud_to_its_own(distance):
+    """Student clouds that start as another's end nearest to their own."""
+    torch.manual_seed(0)
+    teacher = clouds(1, count=3, dtype=torch.float32)
+    student = teacher.roll(1, 0).clone().requires_grad_()
+    discriminator = MatchDiscriminator(C, distance=distance, temperature=0.5)
+    fad = FeatureAdversarialLoss(C, C, discriminator=discriminator, adapter="identity")
+    optimizer = torch.optim.Adam([student], lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        fad(student, teacher).backward()
+        optimizer.step()
+    with torch.no_grad():
+        d = torch.stack([distances.energy(student, teacher.roll(-s, 0), reduction="none")
+                         for s in range(3)])  # fmt: skip
+    assert (d.argmin(0) == 0).all()
+
+
+def test_the_temperature_learns_and_stays_in_bounds():
+    discriminator = MatchDiscriminator(C, temperature=0.5)
+    fad = FeatureAdversarialLoss(C, C, discriminator=discriminator)
+    optimizer = torch.optim.SGD(fad.discriminator.parameters(), lr=0.1)
+    before = discriminator.log_temperature.item()
+    for seed in range(5):
+        optimizer.zero_grad()
+        x, y = clouds(seed, dtype=torch.float32), clouds(9, dtype=torch.float32)
+        fad(x, y).backward()
+        optimizer.step()
+    assert discriminator.log_temperature.item() != before
+    with torch.no_grad():
+        discriminator.log_temperature.fill_(-100.0)
+    assert discriminator(clouds(dtype=torch.float32), reference=y).isfinite().all()
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"distance": "pool"}, "distance: expected one of .*; did you mean 'pooled'"),
+        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+        ({"temperature": math.nan}, "temperature: expected a positive number"),
+        ({"queue": -1}, "queue: expected a number of clouds, 0 or more, got -1"),
+        ({"queue": True}, "queue: expected a number of clouds"),
+        ({"queue": 3, "distance": "energy"}, "queue: .*queue=3 with distance='energy'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MatchDiscriminator(C, **options)
+
+
+@pytest.mark.parametrize(
+    "options, features, reference, message",
+    [
+        ({}, (2, N, C), None, "reference: MatchDiscriminator needs"),
+        ({}, (2, N, C + 1), (2, N, C), "features: expected .B, N, 5."),
+        ({}, (2, N, C), (2, N, C + 1), "reference: expected .B, N, 5."),
+        ({}, (2, N, C), (3, N, C), "reference: expected the teacher's features of the same"),
+        ({}, (1, N, C), (1, N, C), "needs at least 2 clouds in a batch or queue="),
+    ],
+)
+def test_bad_input(options, features, reference, message):
+    discriminator = MatchDiscriminator(C, **options)
+    y = None if reference is None else torch.randn(reference)
+    with pytest.raises(ValueError, match=message):
+        discriminator(torch.randn(features), reference=y)
+
+
+@pytest.mark.parametrize("distance", ["energy", "chamfer"])
+def test_ragged_sets_are_refused(distance):
+    x = ragged(torch.randn(5, C), lengths=torch.tensor([2, 3]))
+    with pytest.raises(ValueError, match="expects clouds of equal size"):
+        MatchDiscriminator(C, distance=distance)(x, reference=x)
