@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fad_loss import FeatureAdversarialLoss, capture_features, distances, ops
+from fad_loss import (
+    CloudDiscriminator,
+    FeatureAdversarialLoss,
+    capture_features,
+    distances,
+    ops,
+)
 from networks import DGCNN, PointNet
 
 Network = PointNet | DGCNN
@@ -62,7 +69,7 @@ class Distilled(Supervised):
         self.terms = nn.ModuleDict({
             name: FeatureAdversarialLoss(*channels, weight=weight, **options)
             if name == "fad"
-            else METHODS[name](*channels)
+            else METHODS[name](*channels, classes=teacher.classes)
             for name in method.split("+")
         })  # fmt: skip
 
@@ -73,12 +80,10 @@ class Distilled(Supervised):
         student = self._student_features[self._layers[0]]
         teacher = self._teacher_features[self._layers[1]]
         for name, term in self.terms.items():
-            if name == "kd":
-                loss = loss + term(logits, teacher_logits)
-            elif name == "fad":
-                loss = loss + term(student, teacher)
-            else:
-                loss = loss + self.weight * term(student, teacher)
+            compared = (logits, teacher_logits) if name in OF_LOGITS else (student, teacher)
+            # KD has its customary weight, and FAD scales its student's term itself.
+            weight = 1.0 if name in {"kd", "fad"} else self.weight
+            loss = loss + weight * term(*compared)
         return loss, logits
 
     def statistics(self) -> dict[str, Tensor]:
@@ -93,7 +98,7 @@ class Distilled(Supervised):
 class KnowledgeDistillation(nn.Module):
     """Divergence from the teacher's softened class probabilities (Hinton et al., 2015)."""
 
-    def __init__(self, *_: int, temperature: float = 4.0) -> None:
+    def __init__(self, *_: int, temperature: float = 4.0, **__: int) -> None:
         super().__init__()
         self.temperature = temperature
 
@@ -104,13 +109,30 @@ class KnowledgeDistillation(nn.Module):
         return self.temperature**2 * divergence
 
 
+class LogitDiscriminator(nn.Module):
+    """A discriminator that learns to tell the networks' logits apart, as in PointKAD.
+
+    Zhang et al., "PointKAD: adversarial knowledge distillation for point clouds".
+    """
+
+    def __init__(self, *_: int, classes: int) -> None:
+        super().__init__()
+        self.fad = FeatureAdversarialLoss(
+            classes, classes, discriminator=CloudDiscriminator(classes), adapter="identity"
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        # One "point" per cloud: its logits.
+        return self.fad(student.unsqueeze(1), teacher.unsqueeze(1))
+
+
 class Matched(nn.Module):
     """A distance between the student's adapted features and the teacher's.
 
     Both are standardised by the mean and the spread of the teacher's features in the batch.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, **_: int) -> None:
         super().__init__()
         self.adapter = nn.Linear(student_channels, teacher_channels)
 
@@ -133,14 +155,78 @@ class PooledError(Matched):
         return F.mse_loss(student, teacher)
 
 
+class PointError(Matched):
+    """FitNet (Romero et al., 2015): squared error of every point's features."""
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.mse_loss(student, teacher)
+
+
+class SimilarityPreserving(nn.Module):
+    """Which clouds of a batch are alike, for the student and the teacher (Tung and Mori, 2019)."""
+
+    def __init__(self, *_: int, **__: int) -> None:
+        super().__init__()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = (self.similarity(features) for features in (student, teacher))
+        return len(student) * F.mse_loss(ours, theirs)
+
+    @staticmethod
+    def similarity(features: Tensor) -> Tensor:
+        pooled = features.amax(dim=1)
+        return F.normalize(pooled @ pooled.mT, dim=1)
+
+
+class Relational(nn.Module):
+    """RKD (Park et al., 2019): distances and angles between the clouds of a batch."""
+
+    def __init__(self, *_: int, **__: int) -> None:
+        super().__init__()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = (features.amax(dim=1) for features in (student, teacher))
+        distance = F.smooth_l1_loss(self.lengths(ours), self.lengths(theirs))
+        return distance + 2 * F.smooth_l1_loss(self.angles(ours), self.angles(theirs))
+
+    @staticmethod
+    def lengths(pooled: Tensor) -> Tensor:
+        lengths = F.pdist(pooled)
+        return lengths / lengths.mean().clamp_min(1e-12)
+
+    @staticmethod
+    def angles(pooled: Tensor) -> Tensor:
+        edges = F.normalize(pooled.unsqueeze(0) - pooled.unsqueeze(1), dim=-1)
+        return edges @ edges.mT
+
+
+class Contrastive(nn.Module):
+    """CRD (Tian et al., 2020) among the clouds of a batch: both features mapped to one space."""
+
+    def __init__(
+        self, student_channels: int, teacher_channels: int, width: int = 128, **_: int
+    ) -> None:
+        super().__init__()
+        self.student = nn.Linear(student_channels, width)
+        self.teacher = nn.Linear(teacher_channels, width)
+        self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        ours = F.normalize(self.student(student.amax(dim=1)), dim=-1)
+        theirs = F.normalize(self.teacher(teacher.amax(dim=1)), dim=-1)
+        logits = ours @ theirs.mT / self.log_temperature.exp()
+        own = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
+
+
 class SetDistance(Matched):
     """A distance between sets, over at most 128 points of each cloud (they come in random order).
 
     Divided by the number of channels, or its root, so that the weight means the same for all.
     """
 
-    def __init__(self, name: str, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(student_channels, teacher_channels)
+    def __init__(self, name: str, *channels: int, **_: int) -> None:
+        super().__init__(*channels)
         self.name = name
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -156,19 +242,22 @@ class SetDistance(Matched):
         return plan / channels
 
 
-def set_distance(name: str) -> Callable[[int, int], nn.Module]:
-    """A maker of one of the set distances."""
-    return lambda student, teacher: SetDistance(name, student, teacher)
-
-
-METHODS: dict[str, Callable[[int, int], nn.Module]] = {
-    "fad": FeatureAdversarialLoss,
+# Called with the channels of the student and of the teacher, and classes=.
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "fad": lambda student, teacher, **_: FeatureAdversarialLoss(student, teacher),
     "kd": KnowledgeDistillation,
+    "logit": LogitDiscriminator,
     "mse": PooledError,
-    **{name: set_distance(name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
+    "fitnet": PointError,
+    "sp": SimilarityPreserving,
+    "rkd": Relational,
+    "crd": Contrastive,
+    **{name: partial(SetDistance, name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
 }
+OF_LOGITS = {"kd", "logit"}
 TITLES = {
-    "none": "alone", "fad": "FAD", "kd": "KD", "mse": "MSE", "chamfer": "Chamfer",
+    "none": "alone", "fad": "FAD", "kd": "KD", "logit": "logit discriminator", "mse": "MSE",
+    "fitnet": "FitNet", "sp": "SP", "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer",
     "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
 }  # fmt: skip
 

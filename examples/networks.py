@@ -135,7 +135,7 @@ class PointNet(nn.Module):
     def __init__(self, classes: int, width: float = 1.0) -> None:
         super().__init__()
         scale = Scale(width)
-        self.channels = scale(128)
+        self.classes, self.channels = classes, scale(128)
         self.input_transform = TransformNet(3, scale)
         self.local = nn.Sequential(PointLayer(3, scale(64)), PointLayer(scale(64), scale(64)))
         self.feature_transform = TransformNet(scale(64), scale)
@@ -202,7 +202,7 @@ class DGCNN(nn.Module):
     def __init__(self, classes: int, width: float = 1.0, neighbors: int = 20) -> None:
         super().__init__()
         scale = Scale(width)
-        self.channels = scale(1024)
+        self.classes, self.channels = classes, scale(1024)
         sizes = [3, scale(64), scale(64), scale(128), scale(256)]
         self.edges = nn.ModuleList(
             EdgeConv(inputs, outputs, neighbors) for inputs, outputs in itertools.pairwise(sizes)

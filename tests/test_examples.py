@@ -154,7 +154,7 @@ def test_every_method_teaches_the_student_and_leaves_the_teacher(method):
     assert not any("teacher.local" in name for name in objective.state_dict())
 
 
-@pytest.mark.parametrize("method", ["mse", "chamfer", "energy", "mmd", "sinkhorn"])
+@pytest.mark.parametrize("method", ["mse", "fitnet", "chamfer", "energy", "mmd", "sinkhorn"])
 def test_distances_are_least_for_the_teachers_own_features(method):
     term = methods.METHODS[method](6, 6)
     with torch.no_grad():
@@ -163,6 +163,26 @@ def test_distances_are_least_for_the_teachers_own_features(method):
     teacher = torch.randn(3, 20, 6)
     assert term(teacher, teacher).abs() < 1e-4
     assert term(teacher + 1, teacher) > 0.1
+
+
+@pytest.mark.parametrize("method", ["sp", "rkd"])
+def test_relations_do_not_see_a_rotation_of_the_features(method):
+    term = methods.METHODS[method](6, 6, classes=3)
+    teacher = torch.randn(5, 1, 6)
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6))
+    assert term(2 * teacher @ rotation, teacher).abs() < 1e-6
+    assert term(torch.randn(5, 1, 6), teacher) > 1e-3
+
+
+def test_contrast_is_least_where_clouds_are_recognised():
+    term = methods.METHODS["crd"](6, 6, classes=3, width=6)
+    with torch.no_grad():
+        for layer in (term.student, term.teacher):
+            layer.weight.copy_(torch.eye(6))
+            layer.bias.zero_()
+    teacher = torch.eye(6).unsqueeze(1).expand(-1, 20, -1)
+    assert term(teacher, teacher) < 1e-4
+    assert term(teacher.roll(1, 0), teacher) > 10
 
 
 # ------------------------------------------------------------------------------------ training
