@@ -57,6 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-baseline", action="store_true", help="do not train the student alone")
     add("--only", choices=["teacher"], help="stop after the teacher")
     add("--weight", type=float, default=1.0, help="of the distillation term (1)")
+    add("--kd-weight", type=float, default=1.0, help="of kd (1)")
     add("--discriminator", default="teacher", choices=[
         "teacher", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
@@ -103,7 +104,8 @@ def _count(text: str) -> int:
 def load_data(options: argparse.Namespace) -> Dataset:
     """The clouds to train and test on."""
     if options.data == "synthetic":
-        data = synthetic(points=max(512, options.points), seed=options.seed)
+        # The same clouds whatever --seed is: it decides initial weights and the order of batches.
+        data = synthetic(points=max(512, options.points))
     else:
         data = readers.read(
             Path(options.data), cache=options.output, points=max(1024, options.points)
@@ -230,10 +232,12 @@ class Experiment:
                 teacher,
                 method,
                 weight=options.weight,
+                kd_weight=options.kd_weight,
                 smoothing=options.label_smoothing,
                 **adversarial,
             ).to(self.device)
             more |= {"weight": options.weight, "teacher": digest(teacher)}
+            more |= {"kd_weight": options.kd_weight} if "kd" in method.split("+") else {}
             more |= adversarial if "fad" in method.split("+") else {}
         description = self.describe("student", arch, width, **more)
         name = f"student-{'alone' if method == 'none' else method}"

@@ -44,7 +44,8 @@ class Distilled(Supervised):
         student: the network to train.
         teacher: a trained network; it is not changed.
         method: names from `METHODS`, joined by "+".
-        weight: multiplies every term but knowledge distillation.
+        weight: multiplies every term but knowledge distillation,
+        kd_weight: which this does.
         smoothing: of the labels.
         options: for `FeatureAdversarialLoss`.
     """
@@ -56,6 +57,7 @@ class Distilled(Supervised):
         method: str,
         *,
         weight: float = 1.0,
+        kd_weight: float = 1.0,
         smoothing: float = 0.1,
         **options: str,
     ) -> None:
@@ -64,7 +66,7 @@ class Distilled(Supervised):
         self._student_features = capture_features(student, student.layer)
         self._teacher_features = capture_features(teacher, teacher.layer)
         self._layers = (student.layer, teacher.layer)
-        self.weight = weight
+        self.weight, self.kd_weight = weight, kd_weight
         channels = (student.channels, teacher.channels)
         self.terms = nn.ModuleDict({
             name: FeatureAdversarialLoss(*channels, weight=weight, **options)
@@ -81,8 +83,8 @@ class Distilled(Supervised):
         teacher = self._teacher_features[self._layers[1]]
         for name, term in self.terms.items():
             compared = (logits, teacher_logits) if name in OF_LOGITS else (student, teacher)
-            # KD has its customary weight, and FAD scales its student's term itself.
-            weight = 1.0 if name in {"kd", "fad"} else self.weight
+            # FAD scales its student's term itself.
+            weight = {"kd": self.kd_weight, "fad": 1.0}.get(name, self.weight)
             loss = loss + weight * term(*compared)
         return loss, logits
 

@@ -1,0 +1,207 @@
+"""Which loss makes the best students, at 40 times fewer parameters? Many runs of `distill.py`.
+
+    python examples/study/study.py tune synthetic             # weights, on a validation split
+    python examples/study/study.py run synthetic              # every row, three seeds
+    python examples/study/study.py run pointnet --data modelnet40.npz --rows alone kd fad fad+kd
+    python examples/study/study.py report                     # tables and plots of all results
+
+Every row is a command of `distill.py`, which is kept with its result: one JSON line per run in
+`results/`. What is there already is not run again, and an interrupted run continues, so the same
+command can be given until all is done. The teacher is trained once per setting (once more without
+the validation clouds for `tune`). Every method gets the same epochs and the same trials, one for
+each of `WEIGHTS`, judged on a tenth of the training clouds and never on the test clouds. A
+combination takes the weights of its parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tables
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "results"
+DISTILL = HERE.parent / "distill.py"
+WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+
+# What is distilled; options of distill.py.
+SETTINGS: dict[str, list[str]] = {
+    "synthetic": ["--points", "64", "--epochs", "18", "--teacher-epochs", "12"],
+    "pointnet": ["--points", "256", "--epochs", "60", "--teacher-epochs", "60"],
+    "dgcnn": ["--teacher-arch", "dgcnn", "--points", "256", "--epochs", "60",
+              "--teacher-epochs", "60"],
+    "across": ["--teacher-arch", "dgcnn", "--student-arch", "pointnet", "--points", "256",
+               "--epochs", "60", "--teacher-epochs", "60"],
+}  # fmt: skip
+# How; options of distill.py without the weights. A row with "+" takes those of its parts.
+ROWS: dict[str, list[str]] = {
+    "alone": ["--loss", "none"],
+    **{
+        name: ["--loss", name]
+        for name in (
+            "kd", "logit", "mse", "fitnet", "sp", "rkd", "crd",
+            "chamfer", "energy", "mmd", "sinkhorn", "fad",
+        )
+    },
+    **{
+        f"fad-{name}": ["--loss", "fad", "--discriminator", name]
+        for name in ("point", "neighborhood", "cloud", "match")
+    },
+    "fitnet+kd": ["--loss", "fitnet+kd"],
+    "crd+kd": ["--loss", "crd+kd"],
+    "fad+kd": ["--loss", "fad+kd"],
+    "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
+}  # fmt: skip
+UNTUNED = {"alone"}
+
+
+class Study:
+    """One setting: where its runs go, and what is known already."""
+
+    def __init__(self, setting: str, options: argparse.Namespace) -> None:
+        self.setting, self.options = setting, options
+        self.runs: Path = options.runs / setting
+        self.common = ["--data", options.data, *SETTINGS[setting]]
+        if options.epochs:
+            self.common += ["--epochs", str(options.epochs)]
+        if options.teacher_epochs:
+            self.common += ["--teacher-epochs", str(options.teacher_epochs)]
+
+    def distill(self, folder: str, *arguments: str) -> dict[str, Any]:
+        """Run distill.py to its end; its results, and the command."""
+        output = self.runs / folder
+        command = [str(DISTILL), *self.common, *arguments, "--output", str(output)]
+        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / "log.txt").open("a", encoding="utf-8") as log:
+            done = subprocess.run(
+                [sys.executable, *command], env=environment, stdout=log, stderr=log, check=False
+            )
+        if done.returncode:
+            text = (output / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+            message = f"{shlex.join(command)}: {text[-1] if text else 'failed'}"
+            raise SystemExit(message)
+        results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+        return {**results, "command": shlex.join([str(DISTILL.relative_to(ROOT)), *command[1:]])}
+
+    def teacher(self, split: str) -> str:
+        """The checkpoint of the teacher that a split's students learn from."""
+        more = ["--validate"] if split == "validation" else []
+        results = self.distill(f"teacher-{split}", "--only", "teacher", *more)
+        return str(results["rows"][0]["checkpoint"])
+
+    def weights(self, row: str) -> dict[str, float]:
+        """The tuned weights of a row, by part; 1 for what was not tuned."""
+        tuned = tables.tuned(tables.read(RESULTS, self.setting, "validation"))
+        return {part: tuned.get(part, 1.0) for part in row.split("+")}
+
+    def run(self, teacher: str, split: str, row: str, seed: int, weights: dict[str, float]) -> None:
+        """One run, and its line."""
+        feature = [weight for part, weight in weights.items() if part != "kd"]
+        arguments = [*ROWS[row], "--no-baseline", "--teacher", teacher, "--seed", str(seed)]
+        if feature and row not in UNTUNED:
+            arguments += ["--weight", f"{feature[0]:g}"]
+        if "kd" in weights:
+            arguments += ["--kd-weight", f"{weights['kd']:g}"]
+        arguments += ["--validate"] if split == "validation" else []
+        label = "-".join(f"{weight:g}" for weight in weights.values())
+        results = self.distill(f"{split}-{row}-{label}-{seed}", *arguments)
+        teacher_row, student_row = results["rows"]
+        line = {
+            "setting": self.setting,
+            "split": split,
+            "row": row,
+            "seed": seed,
+            "weights": weights,
+            "accuracy": student_row["accuracy"],
+            "information_lost": student_row["information_lost"],
+            "cka": student_row["cka"],
+            "neighbor_agreement": student_row["neighbor_agreement"],
+            "parameters": student_row["parameters"],
+            "seconds": student_row["seconds"],
+            "teacher_accuracy": teacher_row["accuracy"],
+            "teacher_parameters": teacher_row["parameters"],
+            "data": results["data"],
+            "torch": results["torch"],
+            "commit": commit(),
+            "command": results["command"],
+        }
+        RESULTS.mkdir(exist_ok=True)
+        with tables.path(RESULTS, self.setting, split).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{split} {row} seed {seed} {weights}: {100 * line['accuracy']:.2f} %", flush=True)
+
+    def all(self, split: str, todo: Iterable[tuple[str, int, dict[str, float]]]) -> None:
+        """Run what is not there yet, some side by side."""
+        known = {
+            (line["row"], line["seed"], json.dumps(line["weights"], sort_keys=True))
+            for line in tables.read(RESULTS, self.setting, split)
+        }
+        missing = [
+            (row, seed, weights)
+            for row, seed, weights in todo
+            if (row, seed, json.dumps(weights, sort_keys=True)) not in known
+        ]
+        if not missing:
+            print("nothing is left to do")
+            return
+        teacher = self.teacher(split)
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            for future in [pool.submit(self.run, teacher, split, *one) for one in missing]:
+                future.result()
+
+
+def commit() -> str:
+    """The commit of the checkout, with a mark if there were changes."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the study."""
+    summary, details = str(__doc__).split("\n", 1)
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, explanation in (("tune", "find the weights"), ("run", "train all students")):
+        add = commands.add_parser(name, help=explanation).add_argument
+        add("setting", choices=SETTINGS)
+        add("--data", default="synthetic", help="as for distill.py")
+        add("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+        add("--jobs", type=int, default=1, help="runs side by side (1)")
+        add("--epochs", type=int, help="of the students, instead of the setting's")
+        add("--teacher-epochs", type=int, help="instead of the setting's")
+        add("--runs", type=Path, default=Path("runs/study"), help="checkpoints (runs/study)")
+        if name == "run":
+            add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    commands.add_parser("report", help="tables and plots from all results")
+    options = parser.parse_args(arguments)
+    if options.command == "report":
+        return tables.write(RESULTS)
+    if options.setting != "synthetic" and options.data == "synthetic":
+        parser.error(f"{options.setting}: needs --data, ModelNet40 as distill.py reads it")
+    study = Study(options.setting, options)
+    if options.command == "tune":
+        single = [row for row in options.rows if "+" not in row and row not in UNTUNED]
+        study.all("validation", [(row, 0, {row: w}) for row in single for w in WEIGHTS])
+    else:
+        weights = {row: study.weights(row) for row in options.rows}
+        study.all("test", [(row, s, weights[row]) for s in options.seeds for row in options.rows])
+    return tables.write(RESULTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

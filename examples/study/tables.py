@@ -1,0 +1,151 @@
+"""Tables and plots of the study, from its JSON lines alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def path(results: Path, setting: str, split: str) -> Path:
+    """Where a setting's lines are."""
+    return results / (f"{setting}.jsonl" if split == "test" else f"{setting}-{split}.jsonl")
+
+
+def read(results: Path, setting: str, split: str) -> list[Line]:
+    """All lines of a setting."""
+    file = path(results, setting, split)
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def tuned(lines: list[Line]) -> dict[str, float]:
+    """The best weight of every row; the smaller one of equals."""
+    best: dict[str, tuple[float, float]] = {}
+    for line in lines:
+        ((row, weight),) = line["weights"].items()
+        best[row] = max(best.get(row, (-1.0, 0.0)), (line["accuracy"], -weight))
+    return {row: -weight for row, (_, weight) in best.items()}
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds (0 of one)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def grouped(lines: list[Line]) -> dict[str, list[Line]]:
+    """The lines of every row, the best row first."""
+    rows: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        rows[line["row"]].append(line)
+    ranked = sorted(rows, key=lambda r: -statistics.fmean(x["accuracy"] for x in rows[r]))
+    return {row: rows[row] for row in ranked}
+
+
+def verdicts(rows: dict[str, list[Line]]) -> list[str]:
+    """What the numbers say about the claims of the method, where the rows are there."""
+    means = {row: spread([line["accuracy"] for line in rows[row]]) for row in rows}
+
+    def compare(claim: str, ours: set[str], others: set[str]) -> list[str]:
+        if not ours & means.keys() or not others & means.keys():
+            return []
+        first = max(ours & means.keys(), key=lambda r: means[r][0])
+        second = max(others & means.keys(), key=lambda r: means[r][0])
+        difference = means[first][0] - means[second][0]
+        error = sum(means[r][1] ** 2 / len(rows[r]) for r in (first, second)) ** 0.5
+        outcome = "yes" if difference > error else "no"
+        figures = f"{100 * difference:+.2f} points, standard error {100 * error:.2f}"
+        return [f"- {claim}: {outcome}. {first} minus {second}: {figures}."]
+
+    adversarial = {row for row in rows if row.startswith("fad")}
+    result = compare(
+        "FAD + KD ahead of every row without FAD",
+        {row for row in adversarial if "+kd" in row},
+        rows.keys() - adversarial,
+    )
+    plain = {row for row in rows if "+" not in row and row not in {"alone", "kd", "logit"}}
+    claim = "FAD ahead of every other single feature loss"
+    return result + compare(claim, plain & adversarial, plain - adversarial)
+
+
+def table(setting: str, lines: list[Line]) -> list[str]:
+    """One setting as Markdown."""
+    rows = grouped(lines)
+    first = lines[0]
+    teacher = first["teacher_accuracy"]
+    alone = spread([x["accuracy"] for x in rows["alone"]])[0] if "alone" in rows else None
+    text = [
+        f"## {setting}",
+        "",
+        f"{first['data']}.",
+        f"Teacher: {first['teacher_parameters']:,} parameters, {100 * teacher:.2f} %.",
+        f"Students: {first['parameters']:,} parameters.",
+        "",
+        "| student | accuracy, % | seeds | gap recovered | information lost | CKA | s | weights |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row, found in rows.items():
+        mean, deviation = spread([line["accuracy"] for line in found])
+        gap = ""
+        if alone is not None and row != "alone" and teacher > alone:
+            gap = f"{100 * (mean - alone) / (teacher - alone):.0f} %"
+        lost, cka, seconds = (
+            statistics.fmean(line[name] for line in found)
+            for name in ("information_lost", "cka", "seconds")
+        )
+        weights = (
+            "" if row == "alone" else ", ".join(f"{w:g}" for w in found[0]["weights"].values())
+        )
+        text.append(
+            f"| {row} | {100 * mean:.2f} ± {100 * deviation:.2f} | {len(found)} | {gap} | "
+            f"{100 * lost:.1f} % | {cka:.3f} | {seconds:.0f} | {weights} |"
+        )
+    return [*text, "", *verdicts(rows), ""]
+
+
+def plot(file: Path, setting: str, lines: list[Line]) -> None:
+    """Accuracy of every seed, row by row."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    rows = grouped(lines)
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(rows)), layout="constrained")
+    for place, (row, found) in enumerate(reversed(rows.items())):
+        values = [100 * line["accuracy"] for line in found]
+        color = "tab:red" if row.startswith("fad") else "tab:blue"
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5)
+        axes.plot([statistics.fmean(values)], [place], "|", color=color, markersize=16)
+    axes.set_yticks(range(len(rows)), list(reversed(rows)))
+    axes.set(xlabel="test accuracy in % (dots: seeds, bars: means)", title=setting)
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def write(results: Path) -> int:
+    """Write the report and the plots of all settings that have results."""
+    settings = [file.stem for file in sorted(results.glob("*.jsonl")) if "-" not in file.stem]
+    text = [
+        "# The study",
+        "",
+        "Written by `python examples/study/study.py report` from the JSON lines beside it, which",
+        "hold the command of every run. Accuracy: mean and standard deviation over the seeds. Gap",
+        "recovered: the share of the distance between the student alone and the teacher. Weights",
+        "were chosen on a validation split, four trials for every method.",
+        "",
+    ]
+    for setting in settings:
+        lines = read(results, setting, "test")
+        text += [*table(setting, lines), f"![{setting}]({setting}.png)", ""]
+        plot(results / f"{setting}.png", setting, lines)
+    if settings:
+        (results / "report.md").write_text("\n".join(text), encoding="utf-8")
+        print(results / "report.md")
+    return 0

@@ -1,0 +1,113 @@
+"""The accuracy study: what it runs, what it does not run again, and what its tables say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples" / "study"), str(ROOT / "examples")]
+
+import tables  # noqa: E402
+
+import distill  # noqa: E402
+import study  # noqa: E402
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Commands instead of trainings; a student's accuracy follows from its weight and its loss."""
+    commands = []
+
+    def run(self, folder, *arguments):
+        commands.append(arguments)
+        options = distill.parse([*self.common, *arguments])
+        accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(options.weight - 0.3)
+        accuracy += 0.01 * options.seed
+        row = {
+            "accuracy": accuracy,
+            "information_lost": 0.4,
+            "cka": 0.5,
+            "neighbor_agreement": 0.3,
+            "parameters": 100,
+            "seconds": 2.0,
+        }
+        teacher = {**row, "accuracy": 0.9, "parameters": 4000, "checkpoint": "teacher.pt"}
+        rows = [teacher] if options.only else [teacher, row]
+        return {"rows": rows, "data": "clouds", "torch": "2", "command": "distill.py"}
+
+    monkeypatch.setattr(study.Study, "distill", run)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    return commands
+
+
+def test_every_row_is_a_command_of_the_example():
+    for setting, common in study.SETTINGS.items():
+        for row, arguments in study.ROWS.items():
+            options = distill.parse([*common, *arguments])
+            assert len(options.loss) == 1, (setting, row)
+
+
+def test_tuning_then_running_then_nothing_is_left(runs, capsys):
+    chosen = ["--rows", "alone", "mse", "fad", "fad+kd"]
+    assert study.main(["tune", "synthetic", *chosen]) == 0
+    # One teacher, and four trials of each row that has a weight; all on the validation split.
+    assert len(runs) == 1 + 2 * len(study.WEIGHTS)
+    assert all("--validate" in arguments for arguments in runs)
+    runs.clear()
+    assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
+    assert len(runs) == 1 + 4 * 2
+    assert not any("--validate" in arguments for arguments in runs)
+    weights = {a[a.index("--weight") + 1] for a in runs if "--weight" in a}
+    assert weights == {"0.3"}
+    assert any(a[-2:] == ("--kd-weight", "1") for a in runs)
+    runs.clear()
+    assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
+    assert runs == []
+    assert "nothing is left" in capsys.readouterr().out
+    # Another seed is new, and only that is run.
+    assert study.main(["run", "synthetic", "--seeds", "0", "1", "2", *chosen]) == 0
+    assert len(runs) == 1 + 4
+
+
+def test_the_report_says_what_the_lines_say(runs):
+    study.main(["run", "synthetic", "--rows", "alone", "mse", "fad", "fad+kd"])
+    lines = tables.read(study.RESULTS, "synthetic", "test")
+    assert len(lines) == 4 * 3
+    assert all(json.dumps(line) for line in lines)
+    text = (study.RESULTS / "report.md").read_text()
+    assert (study.RESULTS / "synthetic.png").stat().st_size > 1000
+    # 0.6 - 0.05 * 0.7 + 0.01 seed, and 0.1 more with FAD; the gap to the teacher's 0.9 is 0.325.
+    assert "| alone | 57.50 ± 1.00 | 3 |" in text
+    assert "| fad | 67.50 ± 1.00 | 3 | 31 % | 40.0 %" in text
+    assert "FAD ahead of every other single feature loss: yes. fad minus mse: +10.00" in text
+
+
+def test_a_loss_that_is_not_ahead_is_said_not_to_be():
+    def line(row, accuracy, seed):
+        return {"row": row, "accuracy": accuracy + 0.01 * seed}
+
+    rows = tables.grouped(
+        [line(r, a, s) for r, a in (("fad", 0.70), ("mse", 0.705)) for s in range(3)]
+    )
+    assert list(rows) == ["mse", "fad"]
+    (verdict,) = tables.verdicts(rows)
+    assert "no. fad minus mse: -0.50 points, standard error 0.82" in verdict
+
+
+def test_the_smaller_of_equally_good_weights_is_taken():
+    lines = [
+        {"weights": {"fad": w}, "accuracy": a} for w, a in ((0.1, 0.5), (3.0, 0.6), (0.3, 0.6))
+    ]
+    assert tables.tuned(lines) == {"fad": 0.3}
+
+
+def test_a_real_data_setting_needs_its_data(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["run", "pointnet"])
+    assert "needs --data" in capsys.readouterr().err
