@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from op_cases import FLOATS, device_of, pairwise, selected, true_knn, wide
 
 from fad_loss import ops
+from fad_loss.ops import _library
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -308,3 +312,42 @@ def test_one_outlier_does_not_cost_the_others_their_accuracy(C, backend, device)
     distance, index = ops.knn(x.to(device), y.to(device), 5, backend=backend)
     check_neighbors(x, y, distance.cpu(), index.cpu(), 5, 1e-6)
     assert pairwise(x.double(), y.double())[0, 0, 123] > 1e11
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_gradients_neighbor_by_neighbor(same, monkeypatch, fused, device):
+    """Where all neighbors at once would take much memory, they come one after the other."""
+    x = torch.randn(2, 30, 20, dtype=torch.float64, device=device, requires_grad=True)
+    y = x if same else torch.randn_like(x).requires_grad_()
+    inputs, results = [x] if same else [x, y], []
+    for limit in (1 << 24, 1):
+        monkeypatch.setattr(_library, "_GATHERED", limit)
+        distance, _ = ops.knn(x, y, 5, backend=fused)
+        loss = (distance.square().sum(-1) * torch.arange(30, device=device)).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        results.append([*first, *second])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_memory_of_many_neighbors_of_many_channels():
+    """Neither direction holds the (N, k, C) neighbors, which would be 1 GB here."""
+    script = """
+import resource, sys, torch
+from fad_loss import ops
+from fad_loss.ops import _library
+torch.set_num_threads(1)
+def run(clouds):
+    x = torch.rand(clouds, 64, 1024, requires_grad=True)
+    ops.knn(x, x.detach() + 1, 64)[0].sum().backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(1)
+before = peak()
+run(64)
+sys.stdout.write(str(peak() - before))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) / 1024 < 300

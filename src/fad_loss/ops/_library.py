@@ -124,6 +124,10 @@ def absolute_index(
     return index.clamp_min(0) + start
 
 
+# Elements of y that the gradient of knn may gather at once.
+_GATHERED = 1 << 24
+
+
 def _knn_setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, y, _, _, x_offsets, y_offsets, _ = inputs
     ctx.save_for_backward(x, y, output[1], x_offsets, y_offsets)
@@ -140,17 +144,25 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     if points.shape[0] == 0 or x.numel() == 0:
         # Multiplied rather than created, so that this can be differentiated again like any other.
         return x * 0, y * 0, *[None] * 5
-    flat = absolute_index(index, y, x_offsets, y_offsets).clamp_max(points.shape[0] - 1).reshape(-1)
-    chosen = points.index_select(0, flat).view(*index.shape, -1)
-    # The gradient has the wide dtype of the distance, and so must the difference.
-    difference = x.unsqueeze(-2).to(grad.dtype) - chosen
-    pull = 2 * torch.where(found, grad, 0.0).unsqueeze(-1) * difference
-    to_y = None
-    if ctx.needs_input_grad[1]:
-        spread = points.new_zeros(points.shape, dtype=pull.dtype)
-        spread = spread.index_put((flat,), -pull.reshape(-1, y.shape[-1]), accumulate=True)
-        to_y = spread.view(y.shape).to(y.dtype)
-    return pull.sum(-2).to(x.dtype), to_y, *[None] * 5
+    flat = absolute_index(index, y, x_offsets, y_offsets).clamp_max(points.shape[0] - 1)
+    weight = 2 * torch.where(found, grad, 0.0)
+    own = x.unsqueeze(-2).to(grad.dtype)  # the gradient has the wide dtype of the distance
+    to_x: Tensor | None = None
+    spread = points.new_zeros(points.shape, dtype=grad.dtype)
+    # Neighbor by neighbor where all of them together, k copies of x, would be much.
+    k = index.shape[-1]
+    step = k if x.numel() * k <= _GATHERED else 1
+    for start in range(0, k, step):
+        part = slice(start, start + step)
+        near = flat[..., part]
+        chosen = points.index_select(0, near.reshape(-1)).view(*near.shape, -1)
+        pull = weight[..., part].unsqueeze(-1) * (own - chosen)
+        to_x = pull.sum(-2) if to_x is None else to_x + pull.sum(-2)
+        if ctx.needs_input_grad[1]:
+            where = (near.reshape(-1),)
+            spread = spread.index_put(where, -pull.reshape(-1, y.shape[-1]), accumulate=True)
+    to_y = spread.view(y.shape).to(y.dtype) if ctx.needs_input_grad[1] else None
+    return None if to_x is None else to_x.to(x.dtype), to_y, *[None] * 5
 
 
 knn.register_autograd(_knn_backward, setup_context=_knn_setup)

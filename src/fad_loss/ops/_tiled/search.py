@@ -179,24 +179,28 @@ class _Search:
         return scores
 
     def _exact(self, x: Tensor, cloud: Tensor, index: Tensor) -> Tensor:
-        """Squared distances of points x (..., C) of some clouds (...) to candidates (..., w).
+        """Squared distances of points x (r, C) of some clouds (r) to candidates (r, w).
 
         A candidate from `size` on is none, and infinitely far.
         """
+        width, channels = index.shape[-1], x.shape[-1]
+        y = self.y.reshape(-1, channels)
         chosen = index.clamp(max=self.size - 1).add_(cloud.unsqueeze(-1) * self.size)
-        candidates = self.y.reshape(-1, self.y.shape[-1]).index_select(0, chosen.view(-1))
-        difference = candidates.view(*index.shape, -1).sub_(x.unsqueeze(-2))
-        distance: Tensor = difference.square_().sum(-1).masked_fill_(index >= self.size, torch.inf)
-        return distance
+        distance = x.new_empty(index.shape)
+        for part in steps(len(x), _tile_size(x) // (width * channels)):
+            candidates = y.index_select(0, chosen[part].view(-1)).view(-1, width, channels)
+            distance[part] = candidates.sub_(x[part].unsqueeze(1)).square_().sum(-1)
+        return distance.masked_fill_(index >= self.size, torch.inf)
 
     def _accept(self, best: _Screened, rows: slice, distance: Tensor, index: Tensor) -> None:
         """Take the screened neighbors, with exact distances and in their exact order."""
-        cloud = torch.arange(len(index), device=index.device).unsqueeze(-1)
+        clouds, count, _ = index.shape
         candidates = torch.where(best.score < torch.inf, best.index, self.size)
         if self.k > 1:
             candidates = candidates.sort(-1).values
-        d = self._exact(self.x[:, rows], cloud, candidates)
-        _write(d, candidates, self.k, distance, index)
+        cloud = torch.arange(clouds, device=index.device).repeat_interleave(count)
+        d = self._exact(self.x[:, rows].flatten(0, 1), cloud, candidates.flatten(0, 1))
+        _write(d.view_as(candidates), candidates, self.k, distance, index)
 
     def _resolve(
         self, cloud: Tensor, row: Tensor, possible: Tensor, distance: Tensor, index: Tensor
