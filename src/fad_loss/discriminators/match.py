@@ -77,7 +77,7 @@ class MatchDiscriminator(nn.Module):
     """
 
     compares_clouds: ClassVar[bool] = True
-    """A cloud's score depends on the others of the batch: real and fake must not be one batch."""
+    """Scores depend on the other clouds, so the loss does not join real and fake ones."""
 
     past: Tensor
     filled: Tensor

@@ -250,7 +250,7 @@ def knn(
         That of `nearest`, with a list of 8 to 128 candidates a point, a power of two beyond k, that
         stays in registers on a GPU; a point's list changes about k log(M / k) times. From k = 65
         on, and in float64, it is the tiled path there, whose tiles are in memory and reduced by
-        :func:`torch.topk`. The backward pass is O(N k C).
+        ``torch.topk``. The backward pass is O(N k C).
 
     Example:
         >>> x = torch.tensor([[[0.0], [1.0], [3.0]]])
