@@ -125,6 +125,17 @@ def check_features(name: str, features: Tensor, channels: int) -> None:
         raise ValueError(message)
 
 
+def check_reference(reference: Tensor, features: Tensor, channels: int) -> None:
+    """Raise unless `reference` has these channels and as many clouds as `features`."""
+    check_features("reference", reference, channels)
+    if reference.shape[0] != features.shape[0]:
+        message = (
+            "reference: expected the teacher's features of the same clouds as features, got "
+            f"{describe(reference)} for {describe(features)}"
+        )
+        raise ValueError(message)
+
+
 class CloudCondition(nn.Module):
     """What the teacher says about a cloud, pooled and mapped to the width of a hidden layer."""
 
@@ -141,13 +152,7 @@ class CloudCondition(nn.Module):
                 "teacher's features of the same clouds, got None; pass reference=teacher_features"
             )
             raise ValueError(message)
-        check_features("reference", reference, self.channels)
-        if reference.shape[0] != features.shape[0]:
-            message = (
-                "reference: expected the teacher's features of the same clouds as features, got "
-                f"{describe(reference)} for {describe(features)}"
-            )
-            raise ValueError(message)
+        check_reference(reference, features, self.channels)
         result: Tensor = self.map(pooled(reference))
         return result
 

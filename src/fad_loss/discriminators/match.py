@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fad_loss import ops
 from fad_loss._checks import choose, describe
 from fad_loss._ragged import is_ragged
-from fad_loss.discriminators._layers import check_features, check_width, pooled
+from fad_loss.discriminators._layers import check_features, check_reference, check_width, pooled
 
 _DISTANCES = {name: name for name in ("pooled", "energy", "chamfer")}
 # The temperature's logarithm stays within these: outside, probabilities are all 0 or 1, or equal.
@@ -159,13 +159,7 @@ class MatchDiscriminator(nn.Module):
                 "call discriminator(features, reference=teacher_features)"
             )
             raise ValueError(message)
-        check_features("reference", reference, self.channels)
-        if reference.shape[0] != features.shape[0]:
-            message = (
-                "reference: expected the teacher's features of the same clouds as features, got "
-                f"{describe(reference)} for {describe(features)}"
-            )
-            raise ValueError(message)
+        check_reference(reference, features, self.channels)
         if features.shape[0] < 2 and not self.queue:
             message = (
                 "features: MatchDiscriminator recognises a cloud among others, and needs at least "
