@@ -424,10 +424,10 @@ class FeatureAdversarialLoss(nn.Module):
         variance = self.teacher_variance
         floor = _FLOOR * variance.mean()
         scale = torch.where(floor > 0, variance + floor, 1.0).rsqrt().to(dtype)
-        mean = self.teacher_mean.to(dtype)
+        shift = -self.teacher_mean.to(dtype) * scale
 
         def standardise(values: Tensor) -> Tensor:
-            return ((values - mean) * scale).to(kind)
+            return torch.addcmul(shift, values, scale).to(kind)
 
         return pointwise(standardise, fake), pointwise(standardise, real), labels
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from fad_loss import ops
 from fad_loss._checks import choose, describe, look
-from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, per_point, pointwise
+from fad_loss._ragged import (
+    cloud_lengths,
+    cloud_mean,
+    is_ragged,
+    pack,
+    per_point,
+    pointwise,
+    unpack,
+)
 from fad_loss.discriminators._layers import check_width, linear
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
@@ -147,14 +155,21 @@ class TeacherDiscriminator(nn.Module):
                 _check_points(name, cloud)
                 _check_clouds(name, cloud, features)
         t = self._embed(reference.detach())
-        s = self._embed((features if student is None else student).detach())
-        z = self._embed(features)
+        where = None if self.witness else _center_and_scale(t)
+
+        def place(embedded: Tensor) -> Tensor:
+            return embedded if where is None else _placed(embedded, *where)
+
+        t = place(t)
+        z = t if of_teacher and not features.requires_grad else place(self._embed(features))
+        if student is not None:
+            s = place(self._embed(student.detach()))
+        else:
+            s = z.detach() if self.embedding is None else place(self._embed(features.detach()))
         if self.witness:
             near = ops.kernel_mean(z, t, self.kernel, exclude_self=of_teacher, backend=self.backend)
             own = ops.kernel_mean(z, s, self.kernel, exclude_self=of_student, backend=self.backend)
             return near - own
-        scale = _spread(t).rsqrt()
-        z, t, s = (_scaled(points, scale) for points in (z, t, s))
         return self._log_density(z, t, of_teacher) - self._log_density(z, s, of_student)
 
     def _embed(self, features: Tensor) -> Tensor:
@@ -208,23 +223,34 @@ def _check_clouds(name: str, cloud: Tensor, features: Tensor) -> None:
             f"{describe(features)}; feed both the same batch"
         )
         raise ValueError(message)
+    if cloud.shape[-1] != features.shape[-1]:
+        message = (
+            f"{name}: expected the same number of channels C as features, got {describe(cloud)} "
+            f"for {describe(features)}; map one to the channels of the other first"
+        )
+        raise ValueError(message)
 
 
-def _spread(t: Tensor) -> Tensor:
-    """The mean squared distance between a cloud's points, (B,): twice the variance, summed over C.
+def _center_and_scale(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each cloud, (B, C) and (B,): its mean, and the factor that makes its spread 1.
 
+    The spread is the mean squared distance between its points: twice the variance, summed over C.
     Points that all coincide have none; a fraction of their distance from the origin stands in.
     """
     wide = t.detach()
     wide = wide if wide.dtype == torch.float64 else wide.float()
     mean = cloud_mean(wide)
     centered = wide - per_point(mean, wide)
-    spread = 2 * cloud_mean(pointwise(lambda v: v.square().sum(-1), centered))
+    norms = pointwise(lambda v: torch.linalg.vector_norm(v, dim=-1).square(), centered)
     floor = 1e-6 * mean.square().sum(-1) + math.sqrt(torch.finfo(torch.float32).tiny)
-    return torch.maximum(spread, floor)
+    return mean, torch.maximum(2 * cloud_mean(norms), floor).rsqrt()
 
 
-def _scaled(points: Tensor, scale: Tensor) -> Tensor:
-    """Multiply each cloud by its scale, keeping the dtype."""
-    factor = per_point(scale, points)
-    return points * pointwise(lambda v: v.unsqueeze(-1).to(points.dtype), factor)
+def _placed(points: Tensor, center: Tensor, scale: Tensor) -> Tensor:
+    """Take each cloud's center away and multiply by its scale, keeping the dtype."""
+    factor = scale.unsqueeze(-1)
+    offset = per_point((-center * factor).to(points.dtype), points)
+    factor = per_point(factor.to(points.dtype), points)
+    if not is_ragged(points):
+        return torch.addcmul(offset, points, factor)
+    return unpack(torch.addcmul(pack(offset)[0], pack(points)[0], pack(factor)[0]), points)

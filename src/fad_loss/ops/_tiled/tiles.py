@@ -79,7 +79,8 @@ class Clouds:
     """A group's points, centered for the multiplication, with their squared norms.
 
     The expansion |x|^2 + |y|^2 - 2 xy cancels when clouds lie far from the origin, so the mean of y
-    is taken from both. With few channels differences are summed instead, and norms are not needed.
+    is then taken from both. With few channels differences are summed instead, and norms are not
+    needed.
     """
 
     x: Tensor
@@ -98,10 +99,17 @@ class Clouds:
         """
         dtype = accumulation_dtype(x.dtype)
         x, y = x.to(dtype), y.to(dtype)
-        if y.shape[1]:
-            center = y.mean(1, keepdim=True)
+        direct = x.shape[-1] <= DIRECT_CHANNELS
+        if not y.shape[1]:
+            return cls(x, y, _norms(x), _norms(y), direct, snap)
+        center, norms = y.mean(1, keepdim=True), _norms(y)
+        # On a CPU, where looking costs nothing and a copy does: points that lie around the origin,
+        # so that the squares would shrink by less than a quarter, stay as they are.
+        near = _norms(center).mul_(4) <= norms.mean(1, keepdim=True)
+        if x.device.type != "cpu" or not near.all():
             x, y = x - center, y - center
-        return cls(x, y, _norms(x), _norms(y), direct=x.shape[-1] <= DIRECT_CHANNELS, snap=snap)
+            norms = _norms(y)
+        return cls(x, y, _norms(x), norms, direct, snap)
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """The tiles: rows by rows, and within them columns by columns."""
@@ -142,9 +150,20 @@ def rounding_unit(t: Tensor) -> float:
 
 
 def _norms(t: Tensor) -> Tensor:
-    # Not the square of vector_norm: it is faster, but errs by a rounding more.
-    norms: Tensor = torch.linalg.vecdot(t, t)
-    return norms
+    """Squared norms: not by vector_norm, whose square errs by a rounding more."""
+    if t.device.type != "cpu":
+        norms: Tensor = torch.linalg.vecdot(t, t)
+        return norms
+    # Squares of a few points at a time, in memory that stays in the cache: clearing new memory for
+    # all of them takes the system several times as long as computing them.
+    points = t.reshape(-1, t.shape[-1])
+    norms = points.new_empty(len(points))
+    parts = list(steps(len(points), tile_size(t) // max(t.shape[-1], 1)))
+    squares = points.new_empty((parts[0].stop if parts else 0, t.shape[-1]))
+    for part in parts:
+        some = squares[: part.stop - part.start]
+        torch.sum(torch.mul(points[part], points[part], out=some), -1, out=norms[part])
+    return norms.view(t.shape[:-1])
 
 
 def direct_distances(x: Tensor, y: Tensor) -> Tensor:
