@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,3 +162,48 @@ def augment(
         noise = torch.randn(points.shape, generator=generator, device=points.device)
         points = points + jitter * noise.clamp(-5, 5)
     return points
+
+
+def _region(points: Tensor, generator: torch.Generator) -> Tensor:
+    batch, count, _ = points.shape
+    chosen = torch.randint(count, (batch, 1, 1), generator=generator, device=points.device)
+    center = points.gather(1, chosen.expand(-1, -1, 3))
+    order = (points - center).square().sum(-1).argsort(dim=1, descending=True)
+    kept = order[:, : count - count // 4]
+    index = kept.repeat(1, 2)[:, :count]
+    return points.gather(1, index.unsqueeze(-1).expand(-1, -1, 3))
+
+
+def _turned(points: Tensor, generator: torch.Generator) -> Tensor:
+    shape = (len(points), 1)
+    turn = torch.rand(shape, generator=generator, device=points.device) * 2 - 1
+    cosine, sine = (turn * torch.pi / 6).cos(), (turn * torch.pi / 6).sin()
+    x, y = points[..., 0], points[..., 1]
+    return torch.stack([cosine * x - sine * y, sine * x + cosine * y, points[..., 2]], dim=-1)
+
+
+def _noisy(points: Tensor, generator: torch.Generator) -> Tensor:
+    return points + 0.03 * torch.randn(points.shape, generator=generator, device=points.device)
+
+
+def _stretched(points: Tensor, generator: torch.Generator) -> Tensor:
+    shape = (len(points), 1, 3)
+    power = torch.rand(shape, generator=generator, device=points.device) * 2 - 1
+    return points * 2**power
+
+
+# What real scans do to a cloud: noise of 3 % of the radius on every point; a quarter of the points
+# missing, around one of them (others twice); turned about z by up to 30 degrees; every axis scaled
+# by 1/2 to 2, which is more than in training.
+CORRUPTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "noise": _noisy,
+    "missing region": _region,
+    "rotation": _turned,
+    "scale": _stretched,
+}
+
+
+def corrupted(clouds: Clouds, name: str, points: int) -> Clouds:
+    """The first `points` points of every cloud, corrupted, the same way each time."""
+    generator = torch.Generator(clouds.points.device).manual_seed(0)
+    return Clouds(CORRUPTIONS[name](clouds.points[:, :points], generator), clouds.labels)

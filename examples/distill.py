@@ -16,21 +16,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import track
 
 import networks
 import readers
 import report
 from data import DataError, Dataset, synthetic
 from methods import METHODS, Distilled, Network, Supervised, title
-from training import Run, Settings, accuracy, fit, load_checkpoint
+from training import Run, Settings, fit, load_checkpoint
+from views import Views
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -62,6 +66,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "teacher", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
+    add("--max-points", type=_count, help="that fad compares of each cloud (its default)")
+    add("--views", type=int, default=0, metavar="V", help="ask the teacher about V augmented views "
+        "of every cloud, once, instead of at every step (0: at every step)")  # fmt: skip
+    add("--cache", type=Path, help="folder for the views, 1.3 GB each of 9,840 clouds (--output)")
     add("--validate", action="store_true", help="hold out a tenth of training as the test split")
     add("--points", type=_count, help="per cloud (default: 64 synthetic, else 256)")
     add("--epochs", type=_count, help="of the students (default: 18 synthetic, else 30)")
@@ -81,6 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.teacher_epochs = options.teacher_epochs or (12 if small else 30)
     options.student_arch = options.student_arch or options.teacher_arch
     options.output = options.output or Path("runs") / Path(options.data).stem
+    options.cache = options.cache or options.output
     return options
 
 
@@ -134,9 +143,10 @@ class Experiment:
             message = f"--device {options.device}: {str(error).splitlines()[0]}"
             raise DataError(message) from error
         try:
-            options.output.mkdir(parents=True, exist_ok=True)
+            for folder in (options.output, options.cache):
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            message = f"--output {options.output}: {error.strerror}"
+            message = f"{error.filename}: {error.strerror}"
             raise DataError(message) from error
         with console.status("reading the data"):
             data = load_data(options)
@@ -191,7 +201,8 @@ class Experiment:
         network = self.build(arch, 1.0)
         objective = Supervised(network, options.label_smoothing)
         fit(network, objective, self.data, run, self.screen)
-        self.add_row("teacher", run, network)
+        row = self.add_row("teacher", run, network)
+        row.corrupted = self.evaluate(network).corrupted
         return network
 
     def _given_teacher(self, path: Path) -> Network:
@@ -209,8 +220,32 @@ class Experiment:
         row = self.add_row("teacher", run, network)
         row.checkpoint = str(path)
         # It may have been trained on other data or with another number of points: ask again.
-        row.accuracy = accuracy(network, self.data.test, self.options.points)
+        found = self.evaluate(network)
+        row.accuracy, row.corrupted = found.accuracy, found.corrupted
         return network
+
+    def evaluate(self, network: Network) -> report.Evaluation:
+        """The teacher on the test clouds, remembered for the next run."""
+        points = self.options.points
+        name = f"evaluation-{digest(network)}-{self.fingerprint}-{points}.pt"
+        path = self.options.cache / name
+        if path.exists():
+            return report.Evaluation(**torch.load(path, map_location=self.device))
+        found = report.evaluate(network, self.data.test, points)
+        partial = path.with_suffix(f".{os.getpid()}")
+        torch.save(vars(found), partial)
+        partial.replace(path)
+        return found
+
+    def views(self, teacher: Network) -> Views | None:
+        """What the teacher says about a fixed set of views, if that is wanted."""
+        if not self.options.views:
+            return None
+        settings, data = self.settings(1), self.data
+        key = {"teacher": digest(teacher), "data": self.fingerprint}
+        bar = functools.partial(track, description="views", console=self.console, transient=True)
+        count, cache = self.options.views, self.options.cache
+        return Views.make(cache, key, teacher, data.train, settings, count, bar)
 
     def student(self, method: str, teacher: Network) -> None:
         """Train one student, and compare its features with the teacher's."""
@@ -226,7 +261,12 @@ class Experiment:
         if method == "none":
             objective = Supervised(network, options.label_smoothing)
         else:
-            adversarial = {"discriminator": options.discriminator, "objective": options.objective}
+            adversarial: dict[str, Any] = {
+                "discriminator": options.discriminator,
+                "objective": options.objective,
+            }
+            if options.max_points:
+                adversarial["max_points"] = options.max_points
             objective = Distilled(
                 network,
                 teacher,
@@ -239,13 +279,15 @@ class Experiment:
             more |= {"weight": options.weight, "teacher": digest(teacher)}
             more |= {"kd_weight": options.kd_weight} if "kd" in method.split("+") else {}
             more |= adversarial if "fad" in method.split("+") else {}
+        more |= {"views": options.views} if options.views else {}
         description = self.describe("student", arch, width, **more)
         name = f"student-{'alone' if method == 'none' else method}"
         run = Run(options.output, name, description, self.settings(options.epochs))
-        fit(network, objective, self.data, run, self.screen)
+        fit(network, objective, self.data, run, self.screen, self.views(teacher))
         row = self.add_row(title(method), run, network)
-        views = (report.pooled(net, self.data.test, options.points) for net in (network, teacher))
-        report.compare(row, *views)
+        report.compare(
+            row, report.evaluate(network, self.data.test, options.points), self.evaluate(teacher)
+        )
 
     def finish(self) -> None:
         """Show the table; write the table and the plot."""
@@ -280,7 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         experiment = Experiment(options, console)
         teacher = experiment.teacher()
-        if options.only != "teacher":
+        if options.only == "teacher":
+            experiment.views(teacher)
+        else:
             baseline = [] if options.no_baseline else ["none"]
             for method in dict.fromkeys([*baseline, *options.loss]):
                 experiment.student(method, teacher)

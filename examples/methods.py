@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,22 @@ from networks import DGCNN, PointNet
 Network = PointNet | DGCNN
 
 
+class Seen(NamedTuple):
+    """What a network makes of a batch of clouds."""
+
+    points: Tensor  # features (B, N, C), of the layer that is distilled
+    pooled: Tensor  # their maximum over all points, (B, C)
+    logits: Tensor  # (B, classes)
+
+
+@torch.no_grad()
+def teach(teacher: Network, points: Tensor) -> Seen:
+    """What the teacher makes of a batch of clouds."""
+    with capture_features(teacher, teacher.layer) as features:
+        logits = teacher(points)
+        return Seen(features[teacher.layer], features[teacher.layer].amax(dim=1), logits)
+
+
 class Supervised(nn.Module):
     """Cross entropy with the labels."""
 
@@ -29,7 +46,12 @@ class Supervised(nn.Module):
         self._network = (network,)  # in a tuple: its weights are not part of the objective's
         self.smoothing = smoothing
 
-    def forward(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        points: Tensor,
+        labels: Tensor,
+        known: Seen | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
         logits = self._network[0](points)
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing), logits
 
@@ -48,6 +70,9 @@ class Distilled(Supervised):
         kd_weight: which this does.
         smoothing: of the labels.
         options: for `FeatureAdversarialLoss`.
+
+    Its forward takes what the teacher makes of the clouds, if that is known already; the teacher's
+    features may then be of the first points only.
     """
 
     def __init__(
@@ -59,13 +84,12 @@ class Distilled(Supervised):
         weight: float = 1.0,
         kd_weight: float = 1.0,
         smoothing: float = 0.1,
-        **options: str,
+        **options: Any,
     ) -> None:
         super().__init__(student, smoothing)
         self._teacher = (teacher.eval().requires_grad_(False),)
-        self._student_features = capture_features(student, student.layer)
-        self._teacher_features = capture_features(teacher, teacher.layer)
-        self._layers = (student.layer, teacher.layer)
+        self._features = capture_features(student, student.layer)
+        self._layer = student.layer
         self.weight, self.kd_weight = weight, kd_weight
         channels = (student.channels, teacher.channels)
         self.terms = nn.ModuleDict({
@@ -75,17 +99,18 @@ class Distilled(Supervised):
             for name in method.split("+")
         })  # fmt: skip
 
-    def forward(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            teacher_logits = self._teacher[0](points)
+    def forward(
+        self, points: Tensor, labels: Tensor, known: Seen | None = None
+    ) -> tuple[Tensor, Tensor]:
+        teacher = teach(self._teacher[0], points) if known is None else known
         loss, logits = super().forward(points, labels)
-        student = self._student_features[self._layers[0]]
-        teacher = self._teacher_features[self._layers[1]]
+        features = self._features[self._layer]
+        student = Seen(features[:, : teacher.points.shape[1]], features.amax(dim=1), logits)
         for name, term in self.terms.items():
-            compared = (logits, teacher_logits) if name in OF_LOGITS else (student, teacher)
+            what = COMPARED.get(name, "points")
             # FAD scales its student's term itself.
             weight = {"kd": self.kd_weight, "fad": 1.0}.get(name, self.weight)
-            loss = loss + weight * term(*compared)
+            loss = loss + weight * term(getattr(student, what), getattr(teacher, what))
         return loss, logits
 
     def statistics(self) -> dict[str, Tensor]:
@@ -150,9 +175,6 @@ class Matched(nn.Module):
 class PooledError(Matched):
     """Squared error of the global (max-pooled) features."""
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return super().forward(student.amax(dim=1), teacher.amax(dim=1))
-
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.mse_loss(student, teacher)
 
@@ -176,8 +198,7 @@ class SimilarityPreserving(nn.Module):
 
     @staticmethod
     def similarity(features: Tensor) -> Tensor:
-        pooled = features.amax(dim=1)
-        return F.normalize(pooled @ pooled.mT, dim=1)
+        return F.normalize(features @ features.mT, dim=1)
 
 
 class Relational(nn.Module):
@@ -187,9 +208,8 @@ class Relational(nn.Module):
         super().__init__()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = (features.amax(dim=1) for features in (student, teacher))
-        distance = F.smooth_l1_loss(self.lengths(ours), self.lengths(theirs))
-        return distance + 2 * F.smooth_l1_loss(self.angles(ours), self.angles(theirs))
+        distance = F.smooth_l1_loss(self.lengths(student), self.lengths(teacher))
+        return distance + 2 * F.smooth_l1_loss(self.angles(student), self.angles(teacher))
 
     @staticmethod
     def lengths(pooled: Tensor) -> Tensor:
@@ -214,8 +234,8 @@ class Contrastive(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours = F.normalize(self.student(student.amax(dim=1)), dim=-1)
-        theirs = F.normalize(self.teacher(teacher.amax(dim=1)), dim=-1)
+        ours = F.normalize(self.student(student), dim=-1)
+        theirs = F.normalize(self.teacher(teacher), dim=-1)
         logits = ours @ theirs.mT / self.log_temperature.exp()
         own = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
@@ -256,7 +276,11 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "crd": Contrastive,
     **{name: partial(SetDistance, name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
 }
-OF_LOGITS = {"kd", "logit"}
+# What they are called with, if not the features of points.
+COMPARED = {
+    "kd": "logits", "logit": "logits",
+    "mse": "pooled", "sp": "pooled", "rkd": "pooled", "crd": "pooled",
+}  # fmt: skip
 TITLES = {
     "none": "alone", "fad": "FAD", "kd": "KD", "logit": "logit discriminator", "mse": "MSE",
     "fitnet": "FitNet", "sp": "SP", "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer",

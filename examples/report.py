@@ -20,10 +20,10 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
-from data import Clouds
+from data import CORRUPTIONS, Clouds, corrupted
 from fad_loss import capture_features, metrics
 from methods import Network
-from training import Record
+from training import Record, accuracy
 
 
 class Screen:
@@ -94,11 +94,23 @@ class Row:
     cka: float | None = None
     neighbor_agreement: float | None = None
     gap_recovered: float | None = None
+    corrupted: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A network on the test clouds."""
+
+    accuracy: float
+    corrupted: dict[str, float]
+    """Accuracy on each of `data.CORRUPTIONS`."""
+    features: Tensor
+    """The distilled features, max- and mean-pooled over each cloud: ``(n, 2 C)``."""
 
 
 @torch.no_grad()
-def pooled(network: Network, clouds: Clouds, points: int) -> Tensor:
-    """The distilled features, max- and mean-pooled over each cloud: ``(n, 2 C)``."""
+def evaluate(network: Network, clouds: Clouds, points: int) -> Evaluation:
+    """Look at the features and the accuracy, and at the accuracy on corrupted clouds."""
     network.eval()
     rows = []
     with capture_features(network, network.layer) as features:
@@ -106,15 +118,20 @@ def pooled(network: Network, clouds: Clouds, points: int) -> Tensor:
             network(clouds.points[start : start + 128, :points])
             level = features[network.layer]
             rows.append(torch.cat([level.amax(dim=1), level.mean(dim=1)], dim=1))
-    return torch.cat(rows)
+    return Evaluation(
+        accuracy(network, clouds, points),
+        {name: accuracy(network, corrupted(clouds, name, points), points) for name in CORRUPTIONS},
+        torch.cat(rows),
+    )
 
 
-def compare(row: Row, student: Tensor, teacher: Tensor) -> Row:
-    """Fill in how much of the teacher's features the student's lack."""
-    row.information_lost = float(metrics.knowledge_lost(student, teacher))
-    row.cka = float(metrics.cka(student, teacher))
-    neighbors = min(10, len(student) - 1)
-    row.neighbor_agreement = float(metrics.neighbor_agreement(student, teacher, neighbors))
+def compare(row: Row, student: Evaluation, teacher: Evaluation) -> Row:
+    """Fill in how much of the teacher's features the student's lack, and what corruption does."""
+    ours, theirs = student.features, teacher.features
+    row.information_lost = float(metrics.knowledge_lost(ours, theirs))
+    row.cka = float(metrics.cka(ours, theirs))
+    row.neighbor_agreement = float(metrics.neighbor_agreement(ours, theirs, min(10, len(ours) - 1)))
+    row.corrupted = student.corrupted
     return row
 
 
@@ -133,7 +150,14 @@ def table(rows: Sequence[Row], caption: str) -> Table:
     """The final table."""
     made = Table(caption=caption)
     made.add_column("network", no_wrap=True)
-    columns = ("parameters", "accuracy", "gap\nrecovered", "information\nlost", "min:s")
+    columns = (
+        "parameters",
+        "accuracy",
+        "gap\nrecovered",
+        "information\nlost",
+        "accuracy,\ncorrupted",
+        "min:s",
+    )
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
     for row in rows:

@@ -23,11 +23,18 @@ Record: TypeAlias = dict[str, float]
 class Objective(Protocol):
     """What is minimised: an `nn.Module` that runs the network on a batch."""
 
-    def __call__(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, points: Tensor, labels: Tensor, known: Any = None) -> tuple[Tensor, Tensor]:
         """The loss and the logits."""
 
     def statistics(self) -> dict[str, Tensor]:
         """What to log of the latest batch."""
+
+
+class Views(Protocol):
+    """Augmented clouds, chosen before, and what the teacher makes of them; see views.py."""
+
+    def take(self, epoch: int, index: Tensor) -> tuple[Tensor, Any]:
+        """For the clouds of a batch."""
 
 
 class Watcher(Protocol):
@@ -143,12 +150,20 @@ def accuracy(network: nn.Module, clouds: Clouds, points: int, batch_size: int = 
     return right.item() / len(clouds)
 
 
-def fit(network: nn.Module, objective: Objective, data: Dataset, run: Run, watch: Watcher) -> None:
+def fit(
+    network: nn.Module,
+    objective: Objective,
+    data: Dataset,
+    run: Run,
+    watch: Watcher,
+    views: Views | None = None,
+) -> None:
     """Train a network (and what the objective has to train), from wherever its run stands.
 
     The checkpoint of every epoch holds the weights, the optimizer and the objective's state, and
     the rest follows from the seed and the number of the epoch: a training that was interrupted and
-    continued ends in the same weights as one that was not.
+    continued ends in the same weights as one that was not. Clouds are augmented anew in every
+    epoch, or taken from `views`.
 
     Raises:
         DataError: the checkpoint is broken, or the loss is no longer finite.
@@ -179,10 +194,13 @@ def fit(network: nn.Module, objective: Objective, data: Dataset, run: Run, watch
         for step, index in enumerate(batches(data.train.labels, batch_size, generator)):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(epoch + step / steps)
-            batch = data.train.select(index)
-            points = subsample(batch.points, settings.points, generator)
-            points = augment(points, generator, jitter=settings.jitter, rotate=settings.rotate)
-            loss, logits = objective(points, batch.labels)
+            batch, known = data.train.select(index), None
+            if views is None:
+                points = subsample(batch.points, settings.points, generator)
+                points = augment(points, generator, jitter=settings.jitter, rotate=settings.rotate)
+            else:
+                points, known = views.take(epoch, index)
+            loss, logits = objective(points, batch.labels, known)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), settings.clip)

@@ -1,0 +1,108 @@
+"""Augmented views of the training clouds, chosen once, and what the teacher says about each.
+
+Most of a distillation's time on a CPU is the teacher's, who says the same whenever it is shown the
+same. With ``--views 8`` it is shown eight views of every cloud, once, and all students learn from
+those: consistent teaching, which is what makes long schedules pay (Beyer et al., 2022).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Clouds, augment, subsample
+from methods import Network, Seen, teach
+from training import Settings
+
+# Features are kept of so many points of a view; the logits and the pooled features are of all.
+KEPT = 64
+BATCH = 64
+
+
+class Views:
+    """Arrays on disk, mapped into memory, that several processes share.
+
+    Args:
+        folder: of `Views.make`.
+        device: where batches go.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        names = ("clouds", "points", "pooled", "logits")
+        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self._arrays["clouds"])
+
+    def take(self, epoch: int, index: Tensor) -> tuple[Tensor, Seen]:
+        """One view of some clouds, another one in the next epoch: points, and the teacher's say."""
+        view, rows = epoch % len(self), index.cpu().numpy()
+
+        def read(name: str) -> Tensor:
+            taken = torch.from_numpy(self._arrays[name][view, rows])
+            return taken.to(self.device, torch.float32)
+
+        return read("clouds"), Seen(read("points"), read("pooled"), read("logits"))
+
+    @classmethod
+    def make(
+        cls,
+        cache: Path,
+        key: Mapping[str, str],
+        teacher: Network,
+        clouds: Clouds,
+        settings: Settings,
+        count: int,
+        progress: Callable[[range], Iterable[int]] = iter,
+    ) -> Views:
+        """Those in `cache` if they are there, else new ones; `key` says what they depend on."""
+        kept = min(KEPT, settings.points)
+        augmented = {"jitter": settings.jitter, "rotate": settings.rotate}
+        everything = {**key, **augmented, "points": settings.points, "views": count, "kept": kept}
+        text = json.dumps(everything, sort_keys=True)
+        folder = cache / f"views-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        device = clouds.labels.device
+        if not folder.exists():
+            partial = cache / f".{folder.name}-{os.getpid()}"
+            partial.mkdir(parents=True, exist_ok=True)
+            sizes = {
+                "clouds": (np.float32, (settings.points, 3)),
+                "points": (np.float16, (kept, teacher.channels)),
+                "pooled": (np.float32, (teacher.channels,)),
+                "logits": (np.float32, (teacher.classes,)),
+            }
+            arrays = {
+                name: np.lib.format.open_memmap(
+                    partial / f"{name}.npy", "w+", dtype, (count, len(clouds), *shape)
+                )
+                for name, (dtype, shape) in sizes.items()
+            }
+            teacher.eval()
+            for view in progress(range(count)):
+                generator = torch.Generator(device).manual_seed(view)
+                for start in range(0, len(clouds), BATCH):
+                    part = slice(start, start + BATCH)
+                    points = subsample(clouds.points[part], settings.points, generator)
+                    points = augment(points, generator, **augmented)
+                    seen = teach(teacher, points)
+                    arrays["clouds"][view, part] = points.cpu()
+                    arrays["points"][view, part] = seen.points[:, :kept].cpu()
+                    arrays["pooled"][view, part] = seen.pooled.cpu()
+                    arrays["logits"][view, part] = seen.logits.cpu()
+            for array in arrays.values():
+                array.flush()
+            (partial / "key.json").write_text(text + "\n", encoding="utf-8")
+            try:
+                partial.rename(folder)
+            except OSError:  # another process was faster
+                shutil.rmtree(partial)
+        return cls(folder, device)
