@@ -142,12 +142,12 @@ class Experiment:
         except (RuntimeError, AssertionError) as error:
             message = f"--device {options.device}: {str(error).splitlines()[0]}"
             raise DataError(message) from error
-        try:
-            for folder in (options.output, options.cache):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"{error.filename}: {error.strerror}"
-            raise DataError(message) from error
+        for name in ("output", "cache"):
+            try:
+                getattr(options, name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                message = f"--{name} {getattr(options, name)}: {error.strerror}"
+                raise DataError(message) from error
         with console.status("reading the data"):
             data = load_data(options)
             self.fingerprint = data.fingerprint()

@@ -24,7 +24,7 @@ def runs(tmp_path, monkeypatch):
     """Commands instead of trainings; a student's accuracy follows from its weight and its loss."""
     commands = []
 
-    def run(self, folder, *arguments):
+    def run(self, folder, *arguments, jobs=1):
         commands.append(arguments)
         options = distill.parse([*self.common, *arguments])
         accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(options.weight - 0.3)
@@ -34,6 +34,7 @@ def runs(tmp_path, monkeypatch):
             "information_lost": 0.4,
             "cka": 0.5,
             "neighbor_agreement": 0.3,
+            "corrupted": {"noise": 0.5},
             "parameters": 100,
             "seconds": 2.0,
         }

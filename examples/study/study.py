@@ -81,11 +81,11 @@ class Study:
             self.common += ["--teacher-epochs", str(options.teacher_epochs)]
         self.common += ["--cache", str(self.runs / "cache")]
 
-    def distill(self, folder: str, *arguments: str) -> dict[str, Any]:
-        """Run distill.py to its end; its results, and the command."""
+    def distill(self, folder: str, *arguments: str, jobs: int = 1) -> dict[str, Any]:
+        """Run distill.py to its end, one of so many `jobs`; its results, and the command."""
         output = self.runs / folder
         command = [str(DISTILL), *self.common, *arguments, "--output", str(output)]
-        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         output.mkdir(parents=True, exist_ok=True)
         with (output / "log.txt").open("a", encoding="utf-8") as log:
@@ -121,7 +121,7 @@ class Study:
             arguments += ["--kd-weight", f"{weights['kd']:g}"]
         arguments += ["--validate"] if split == "validation" else []
         label = "-".join(f"{weight:g}" for weight in weights.values())
-        results = self.distill(f"{split}-{row}-{label}-{seed}", *arguments)
+        results = self.distill(f"{split}-{row}-{label}-{seed}", *arguments, jobs=self.options.jobs)
         teacher_row, student_row = results["rows"]
         line = {
             "setting": self.setting,
