@@ -131,6 +131,15 @@ def load_data(options: argparse.Namespace) -> Dataset:
     return data
 
 
+def make_folder(option: str, path: Path) -> None:
+    """Create a folder for results."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{option} {path}: {error.strerror}"
+        raise DataError(message) from error
+
+
 class Experiment:
     """Everything that the trainings share: the options, the data and where results go."""
 
@@ -143,11 +152,7 @@ class Experiment:
             message = f"--device {options.device}: {str(error).splitlines()[0]}"
             raise DataError(message) from error
         for name in ("output", "cache"):
-            try:
-                getattr(options, name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                message = f"--{name} {getattr(options, name)}: {error.strerror}"
-                raise DataError(message) from error
+            make_folder(f"--{name}", getattr(options, name))
         with console.status("reading the data"):
             data = load_data(options)
             self.fingerprint = data.fingerprint()

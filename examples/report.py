@@ -150,14 +150,7 @@ def table(rows: Sequence[Row], caption: str) -> Table:
     """The final table."""
     made = Table(caption=caption)
     made.add_column("network", no_wrap=True)
-    columns = (
-        "parameters",
-        "accuracy",
-        "gap\nrecovered",
-        "information\nlost",
-        "accuracy,\ncorrupted",
-        "min:s",
-    )
+    columns = ("parameters", "accuracy", "gap\nrecovered", "information\nlost", "min:s")
     for column in columns:
         made.add_column(column, justify="right", no_wrap=True)
     for row in rows:

@@ -341,3 +341,40 @@ def test_paths_that_are_not_data(tmp_path):
     broken.write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(data.DataError, match=r"not a readable .npz file"):
         readers.read(broken)
+
+
+# --------------------------------------------------------------------------------- corruptions
+
+
+@pytest.mark.parametrize("name", data.CORRUPTIONS)
+def test_corruptions_change_clouds_the_same_way_each_time(name):
+    clouds = data.Clouds(torch.randn(5, 40, 3), torch.arange(5))
+    before = clouds.points.clone()
+    first, again = (data.corrupted(clouds, name, 32) for _ in range(2))
+    assert torch.equal(clouds.points, before)
+    assert first.points.shape == (5, 32, 3)
+    assert torch.equal(first.points, again.points)
+    assert torch.equal(first.labels, clouds.labels)
+    assert not torch.equal(first.points, before[:, :32])
+
+
+def test_corruptions_do_what_they_say():
+    points = torch.randn(3, 40, 3)
+    clouds = data.Clouds(points, torch.arange(3))
+    kept = data.corrupted(clouds, "missing region", 40).points
+    for cloud, original in zip(kept, points, strict=True):
+        missing = [p for p in original if not (cloud == p).all(-1).any()]
+        assert len(missing) == 10
+        # They lie around one of them: no point that was kept is nearer to it.
+        radius = torch.cdist(torch.stack(missing), torch.stack(missing)).amax(1)
+        nearest = torch.cdist(torch.stack(missing), cloud).amin(1)
+        assert (nearest >= radius).any()
+    turned = data.corrupted(clouds, "rotation", 40).points
+    torch.testing.assert_close(turned.norm(dim=-1), points.norm(dim=-1))
+    assert torch.equal(turned[..., 2], points[..., 2])
+    stretched = data.corrupted(clouds, "scale", 40).points / points
+    assert stretched.min() >= 0.5
+    assert stretched.max() <= 2
+    assert stretched.std(dim=1).max() < 1e-4
+    noise = data.corrupted(clouds, "noise", 40).points - points
+    assert 0.02 < noise.std() < 0.04

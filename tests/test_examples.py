@@ -23,6 +23,7 @@ import methods  # noqa: E402
 import networks  # noqa: E402
 import report  # noqa: E402
 import training  # noqa: E402
+import views  # noqa: E402
 
 ARCHITECTURES = list(networks.ARCHITECTURES)
 TINY = ["--points", "16", "--epochs", "2", "--teacher-epochs", "2", "--compress", "20"]
@@ -168,10 +169,10 @@ def test_distances_are_least_for_the_teachers_own_features(method):
 @pytest.mark.parametrize("method", ["sp", "rkd"])
 def test_relations_do_not_see_a_rotation_of_the_features(method):
     term = methods.METHODS[method](6, 6, classes=3)
-    teacher = torch.randn(5, 1, 6)
+    teacher = torch.randn(5, 6)
     rotation, _ = torch.linalg.qr(torch.randn(6, 6))
     assert term(2 * teacher @ rotation, teacher).abs() < 1e-6
-    assert term(torch.randn(5, 1, 6), teacher) > 1e-3
+    assert term(torch.randn(5, 6), teacher) > 1e-3
 
 
 def test_contrast_is_least_where_clouds_are_recognised():
@@ -180,9 +181,43 @@ def test_contrast_is_least_where_clouds_are_recognised():
         for layer in (term.student, term.teacher):
             layer.weight.copy_(torch.eye(6))
             layer.bias.zero_()
-    teacher = torch.eye(6).unsqueeze(1).expand(-1, 20, -1)
+    teacher = torch.eye(6)
     assert term(teacher, teacher) < 1e-4
     assert term(teacher.roll(1, 0), teacher) > 10
+
+
+@pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet"])
+def test_what_the_teacher_said_before_is_as_good_as_asking_again(method):
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
+    objective = methods.Distilled(student.eval(), teacher, method).eval()
+    points, labels = torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])
+    asked, _ = objective(points, labels)
+    known, _ = objective(points, labels, methods.teach(teacher, points))
+    torch.testing.assert_close(known, asked)
+
+
+def test_views_hold_what_the_teacher_says(tmp_path):
+    teacher = networks.build("pointnet", 3, 0.2)
+    split = data.Clouds(torch.randn(10, 24, 3), torch.arange(10) % 3)
+    settings = training.Settings(epochs=1, points=16)
+    made = views.Views.make(tmp_path, {"a": "b"}, teacher, split, settings, 2)
+    assert len(made) == 2
+    index = torch.tensor([7, 2])
+    points, seen = made.take(3, index)
+    expected = methods.teach(teacher, points)
+    torch.testing.assert_close(seen.points, expected.points, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(seen.pooled, expected.pooled)
+    torch.testing.assert_close(seen.logits, expected.logits)
+    assert torch.equal(points, made.take(1, index)[0])  # the views come round again
+    assert not torch.equal(points, made.take(0, index)[0])
+
+    def never(_):
+        raise AssertionError
+
+    again = views.Views.make(tmp_path, {"a": "b"}, teacher, split, settings, 2, never)
+    assert torch.equal(again.take(1, index)[0], points)
+    with pytest.raises(AssertionError):
+        views.Views.make(tmp_path, {"a": "c"}, teacher, split, settings, 2, never)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -262,8 +297,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     class Broken(methods.Supervised):
-        def forward(self, points, labels):
-            loss, logits = super().forward(points, labels)
+        def forward(self, points, labels, known=None):
+            loss, logits = super().forward(points, labels, known)
             return loss * torch.nan, logits
 
     split = data.Clouds(torch.randn(8, 8, 3), torch.arange(8) % 2)
@@ -304,6 +339,20 @@ def test_the_whole_job(clouds, tmp_path, capsys):
     assert distill.main(command) == 0
     assert capsys.readouterr().out.count("already trained") == 4
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == written["rows"]
+
+
+def test_the_teacher_is_asked_once_about_views(clouds, teacher, tmp_path):
+    command = ["--data", str(clouds), "--output", str(tmp_path / "run"), *TINY, "--views", "2"]
+    command += ["--cache", str(tmp_path / "cache"), "--teacher", str(teacher), "--loss", "fad"]
+    assert distill.main([*command, "--only", "teacher"]) == 0
+    (made,) = (tmp_path / "cache").glob("views-*")
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert distill.main([*command, "--max-points", "8"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", "student alone", "student with FAD"]
+    for row in rows:
+        assert row["corrupted"].keys() == data.CORRUPTIONS.keys()
 
 
 def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, capsys):

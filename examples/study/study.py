@@ -8,9 +8,10 @@
 Every row is a command of `distill.py`, which is kept with its result: one JSON line per run in
 `results/`. What is there already is not run again, and an interrupted run continues, so the same
 command can be given until all is done. The teacher is trained once per setting (once more without
-the validation clouds for `tune`). Every method gets the same epochs and the same trials, one for
-each of `WEIGHTS`, judged on a tenth of the training clouds and never on the test clouds. A
-combination takes the weights of its parts.
+the validation clouds for `tune`). Every method gets the same epochs, and its weight by the same
+rule: the best of `WEIGHTS`, or of the next ones while the best is the first or the last, judged on
+a tenth of the training clouds and never on the test clouds. A combination takes the weights of its
+parts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 DISTILL = HERE.parent / "distill.py"
+# Which weights are tried first; they are on `tables.LADDER`.
 WEIGHTS = (0.3, 1.0, 3.0)
+# While the best one is the first or the last, so many more beyond it are tried.
+FURTHER = 3
 
 # What is distilled; options of distill.py. Sized for hours on two CPU cores: there the teacher is
 # asked once about eight views of every cloud.
@@ -205,6 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "tune":
         single = [row for row in options.rows if "+" not in row and row not in UNTUNED]
         study.all("validation", [(row, 0, {row: w}) for row in single for w in WEIGHTS])
+        for _ in range(FURTHER):
+            lines = tables.read(RESULTS, study.setting, "validation")
+            edge = [(row, 0, {row: w}) for row, w in tables.at_the_edge(lines) if row in single]
+            study.all("validation", edge)
     else:
         weights = {row: study.weights(row) for row in options.rows}
         study.all("test", [(row, s, weights[row]) for s in options.seeds for row in options.rows])
