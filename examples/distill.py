@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--weight", type=float, default=1.0, help="of the distillation term (1)")
     add("--kd-weight", type=float, default=1.0, help="of kd (1)")
     add("--discriminator", default="teacher", choices=[
-        "teacher", "point", "neighborhood", "cloud", "match"])  # fmt: skip
+        "teacher", "paired", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
     add("--max-points", type=_count, help="that fad compares of each cloud (its default)")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fad_loss import (
     CloudDiscriminator,
     FeatureAdversarialLoss,
+    TeacherDiscriminator,
     capture_features,
     distances,
     ops,
@@ -69,7 +70,7 @@ class Distilled(Supervised):
         weight: multiplies every term but knowledge distillation,
         kd_weight: which this does.
         smoothing: of the labels.
-        options: for `FeatureAdversarialLoss`.
+        options: of `adversarial`.
 
     Its forward takes what the teacher makes of the clouds, if that is known already; the teacher's
     features may then be of the first points only.
@@ -93,7 +94,7 @@ class Distilled(Supervised):
         self.weight, self.kd_weight = weight, kd_weight
         channels = (student.channels, teacher.channels)
         self.terms = nn.ModuleDict({
-            name: FeatureAdversarialLoss(*channels, weight=weight, **options)
+            name: adversarial(*channels, weight=weight, **options)
             if name == "fad"
             else METHODS[name](*channels, classes=teacher.classes)
             for name in method.split("+")
@@ -120,6 +121,18 @@ class Distilled(Supervised):
         names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "accuracy")
         values = self.terms["fad"].statistics()
         return {f"fad_{name}": values[name] for name in names}
+
+
+def adversarial(
+    *channels: int, discriminator: str = "teacher", **options: Any
+) -> FeatureAdversarialLoss:
+    """FAD, with one of the library's discriminators.
+
+    "paired" is the teacher's for networks whose point i is the teacher's point i, as here.
+    """
+    paired = TeacherDiscriminator(condition="point")
+    chosen = paired if discriminator == "paired" else discriminator
+    return FeatureAdversarialLoss(*channels, discriminator=chosen, **options)
 
 
 class KnowledgeDistillation(nn.Module):

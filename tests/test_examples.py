@@ -257,7 +257,8 @@ def train(folder, method, watch, discriminator="teacher"):
 
 
 @pytest.mark.parametrize(
-    "method, discriminator", [("none", "teacher"), ("fad", "teacher"), ("fad+kd", "cloud")]
+    "method, discriminator",
+    [("none", "teacher"), ("fad", "teacher"), ("fad", "paired"), ("fad+kd", "cloud")],
 )
 def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path, method, discriminator):
     whole = train(tmp_path / "whole", method, Silent(), discriminator)

@@ -138,6 +138,55 @@ def test_ragged_clouds_are_a_loop(name):
     torch.testing.assert_close(real, torch.cat(expected))
 
 
+def paired_log_ratio(z, t, s, bandwidths, own):
+    exponents = [-(z - t).square().sum(-1) / (2 * m * squared(t, t).mean()) for m in bandwidths]
+    paired = sum(exponents) / len(bandwidths)
+    near = [log_mean_exp(-squared(z, t) / (2 * m * squared(t, t).mean()), own == "t")
+            for m in bandwidths]  # fmt: skip
+    return log_ratio(z, t, s, bandwidths, own) - sum(near) / len(bandwidths) + paired
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_points_that_correspond_are_compared_with_their_own(size):
+    discriminator = TeacherDiscriminator(condition="point", bandwidths=(0.5, 2.0))
+    t, z = cloud(2, size, 3) + 2, cloud(2, size, 3, seed=1).requires_grad_()
+    fake = discriminator(z, reference=t)
+    pairs = list(zip(z, t, strict=True))
+    s = z.detach()
+    expected = torch.stack(
+        [paired_log_ratio(a, b, c, (0.5, 2.0), "s") for (a, b), c in zip(pairs, s, strict=True)]
+    )
+    torch.testing.assert_close(fake, expected)
+    (got,) = torch.autograd.grad(fake.square().sum(), z)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), z)
+    torch.testing.assert_close(got, wanted)
+    real = discriminator(t, reference=t, student=s)
+    wanted = [paired_log_ratio(b, b, c, (0.5, 2.0), "t") for b, c in zip(t, s, strict=True)]
+    torch.testing.assert_close(real, torch.stack(wanted))
+
+
+def test_ragged_points_that_correspond_are_a_loop():
+    discriminator = TeacherDiscriminator(condition="point")
+    lengths = [4, 2, 7]
+    values, teacher = cloud(13, 3).requires_grad_(), cloud(13, 3, seed=1) + 1
+    scores = discriminator(
+        ragged(values, lengths=lengths), reference=ragged(teacher, lengths=lengths)
+    )
+    pairs = zip(values.split(lengths), teacher.split(lengths), strict=True)
+    alone = torch.cat([discriminator(s[None], reference=t[None])[0] for s, t in pairs])
+    torch.testing.assert_close(scores.values(), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_points_that_correspond_in_narrow_dtypes(dtype):
+    discriminator = TeacherDiscriminator(condition="point")
+    z, t = cloud(2, 9, 5, dtype=dtype), cloud(2, 9, 5, seed=1, dtype=dtype)
+    scores = discriminator(z, reference=t)
+    assert scores.dtype == torch.float32
+    exact = discriminator(z.double(), reference=t.double())
+    torch.testing.assert_close(scores.double(), exact, rtol=0, atol=0.1)
+
+
 def test_two_identical_clouds_have_a_closed_form():
     # Two points at distance a: h^2 = m a^2 / 2, so all depends on m alone.
     for a, m in ((1.0, 0.5), (7.0, 2.0)):
@@ -383,6 +432,29 @@ ERRORS = {
         ),
         ValueError,
         "features: .* at least 2",
+    ),
+    "an unknown condition": (
+        lambda: TeacherDiscriminator(condition="cloud"),
+        ValueError,
+        "condition: expected None or 'point', got 'cloud'",
+    ),
+    "a condition of another mode": (
+        lambda: TeacherDiscriminator(mode="witness", condition="point"),
+        ValueError,
+        'condition: only mode="log_ratio"',
+    ),
+    "points that cannot correspond": (
+        lambda: TeacherDiscriminator(condition="point")(S, reference=T),
+        ValueError,
+        r'condition: "point" .* got .*\(2, 5, 3\).*\(2, 6, 3\).*condition=None',
+    ),
+    "ragged points that cannot correspond": (
+        lambda: TeacherDiscriminator(condition="point")(
+            ragged(S.flatten(0, 1), lengths=[4, 6]),
+            reference=ragged(S.flatten(0, 1), lengths=[5, 5]),
+        ),
+        ValueError,
+        'condition: "point" ',
     ),
     "other channels": (
         lambda: TeacherDiscriminator()(S[..., :2], reference=T),

@@ -60,11 +60,12 @@ ROWS: dict[str, list[str]] = {
     },
     **{
         f"fad-{name}": ["--loss", "fad", "--discriminator", name]
-        for name in ("point", "neighborhood", "cloud", "match")
+        for name in ("paired", "point", "neighborhood", "cloud", "match")
     },
     "fitnet+kd": ["--loss", "fitnet+kd"],
     "crd+kd": ["--loss", "crd+kd"],
     "fad+kd": ["--loss", "fad+kd"],
+    "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
 }  # fmt: skip
 UNTUNED = {"alone"}

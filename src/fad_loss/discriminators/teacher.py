@@ -43,6 +43,11 @@ class TeacherDiscriminator(nn.Module):
     they are built from are detached, and only z carries a gradient, towards where the teacher has
     more points than the student. There are no parameters, so it never trails behind the student.
 
+    ``condition="point"`` is for networks whose point i is the teacher's point i (no sampling layer
+    lies between, or the same one): the teacher's density is then the one around the point that
+    belongs to z, :math:`e^{-|z_i - t_i|^2 / 2 h_m^2}` in place of the first mean. What makes the
+    score high is to be like one's own point and unlike the student's others.
+
     ``mode="witness"`` is the linear version, the witness function of the maximum mean discrepancy:
     :math:`D(z) = \frac1M \sum_j k(z, t_j) - \frac1N \sum_i k(z, s_i)`.
 
@@ -50,6 +55,8 @@ class TeacherDiscriminator(nn.Module):
         mode: "log_ratio" or "witness".
         bandwidths: the factors m, in units of the cloud's mean squared distance between teacher
             points; for "log_ratio". Wide ones see far, narrow ones see detail.
+        condition: None, or "point" if the points of student and teacher correspond; for
+            "log_ratio".
         kernel: of `fad_loss.ops`, on features as they come; for "witness", where the default is
             `fad_loss.ops.Energy`.
         embedding: a module that maps features before they are compared, trained by the
@@ -62,8 +69,9 @@ class TeacherDiscriminator(nn.Module):
         features `(B, N, C)`, reference `(B, M, C)`, or ragged; scores `(B, N)`, or ragged.
 
     Raises:
-        ValueError: an unknown mode, bandwidths that are not positive, options of another mode, or
-            clouds with fewer than two points on either side.
+        ValueError: an unknown mode or condition, bandwidths that are not positive, options of
+            another mode, clouds with fewer than two points on either side, or clouds of different
+            sizes where their points should correspond.
 
     Source: Lee and Wu, "Feature adversarial distillation for point cloud classification", ICIP 2023
     (arXiv:2306.14221), whose abstract names the teacher's features as the discriminator; reading
@@ -86,6 +94,7 @@ class TeacherDiscriminator(nn.Module):
         *,
         mode: str = "log_ratio",
         bandwidths: Sequence[float] = (0.3, 1.0, 3.0),
+        condition: str | None = None,
         kernel: Kernel | None = None,
         embedding: nn.Module | int | None = None,
         channels: int | None = None,
@@ -103,13 +112,19 @@ class TeacherDiscriminator(nn.Module):
                 f"fad_loss.ops, got {describe(kernel)}"
             )
             raise TypeError(message)
+        if condition not in {None, "point"}:
+            message = f"condition: expected None or 'point', got {condition!r}"
+            raise ValueError(message)
+        if condition and self.witness:
+            message = 'condition: only mode="log_ratio" takes one; set condition=None'
+            raise ValueError(message)
         if not isinstance(bandwidths, (tuple, list)):
             message = (
                 "bandwidths: expected several numbers, (0.3, 1.0, 3.0) say, got "
                 f"{describe(bandwidths)}"
             )
             raise TypeError(message)
-        self.mode, self.backend = mode, backend
+        self.mode, self.condition, self.backend = mode, condition, backend
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:
             message = "bandwidths: expected at least one number, got an empty sequence"
@@ -119,7 +134,10 @@ class TeacherDiscriminator(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(discriminator)``."""
-        return repr(self.kernel) if self.witness else f"bandwidths={self.bandwidths}"
+        if self.witness:
+            return repr(self.kernel)
+        condition = f", condition={self.condition!r}" if self.condition else ""
+        return f"bandwidths={self.bandwidths}{condition}"
 
     def forward(
         self,
@@ -170,7 +188,11 @@ class TeacherDiscriminator(nn.Module):
             near = ops.kernel_mean(z, t, self.kernel, exclude_self=of_teacher, backend=self.backend)
             own = ops.kernel_mean(z, s, self.kernel, exclude_self=of_student, backend=self.backend)
             return near - own
-        return self._log_density(z, t, of_teacher) - self._log_density(z, s, of_student)
+        if self.condition:
+            near = self._log_density_of_pairs(z, t)
+        else:
+            near = self._log_density(z, t, of_teacher)
+        return near - self._log_density(z, s, of_student)
 
     def _embed(self, features: Tensor) -> Tensor:
         return features if self.embedding is None else pointwise(self.embedding, features)
@@ -182,6 +204,27 @@ class TeacherDiscriminator(nn.Module):
         scores = pointwise(lambda v: -(v / v.new_tensor(epsilon)).mean(-1), minimum)
         count = cloud_lengths(points).to(scores.dtype) - float(own)
         return scores - per_point(count.clamp_min(1).log(), z)
+
+    def _log_density_of_pairs(self, z: Tensor, t: Tensor) -> Tensor:
+        """The same of each teacher point alone, at the point of z that belongs to it."""
+        if is_ragged(z):
+            (values, offsets), (others, bounds) = pack(z), pack(t)
+            fits = values.shape == others.shape
+            fits = fits and not (look(offsets) and not torch.equal(offsets, bounds))
+        else:
+            values, others = z, t
+            fits = z.shape == t.shape
+        if not fits:
+            message = (
+                'condition: "point" compares point i of the student with point i of the teacher, '
+                f"got {describe(z)} and {describe(t)}; take layers before any sampling, or "
+                "condition=None"
+            )
+            raise ValueError(message)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        factor = sum(0.5 / m for m in self.bandwidths) / len(self.bandwidths)
+        scores = -factor * (values.to(wide) - others.to(wide)).square().sum(-1)
+        return unpack(scores, z) if is_ragged(z) else scores
 
 
 def _embedding(embedding: nn.Module | int | None, channels: int | None) -> nn.Module | None:
