@@ -34,9 +34,9 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
 DISTILL = HERE.parent / "distill.py"
 # Which weights are tried first; they are on `tables.LADDER`.
-WEIGHTS = (0.3, 1.0, 3.0)
+WEIGHTS = (0.3, 1.0, 3.0, 10.0, 30.0)
 # While the best one is the first or the last, so many more beyond it are tried.
-FURTHER = 3
+FURTHER = 2
 
 # What is distilled; options of distill.py. Sized for hours on two CPU cores: there the teacher is
 # asked once about eight views of every cloud.
