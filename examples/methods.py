@@ -255,7 +255,7 @@ class Contrastive(nn.Module):
 
 
 class SetDistance(Matched):
-    """A distance between sets, over at most 128 points of each cloud (they come in random order).
+    """A distance between sets, over at most 64 points of each cloud (they come in random order).
 
     Divided by the number of channels, or its root, so that the weight means the same for all.
     """
@@ -265,7 +265,7 @@ class SetDistance(Matched):
         self.name = name
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        x, y, channels = student[:, :128], teacher[:, :128], student.shape[-1]
+        x, y, channels = student[:, :64], teacher[:, :64], student.shape[-1]
         if self.name == "chamfer":
             return distances.chamfer(x, y) / channels
         if self.name == "energy":

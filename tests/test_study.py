@@ -7,15 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "study"), str(ROOT / "examples")]
 
+import gradients  # noqa: E402
 import tables  # noqa: E402
 
+import data  # noqa: E402
 import distill  # noqa: E402
+import networks  # noqa: E402
 import study  # noqa: E402
 
 
@@ -126,3 +131,29 @@ def test_a_real_data_setting_needs_its_data(capsys):
     with pytest.raises(SystemExit):
         study.main(["run", "pointnet"])
     assert "needs --data" in capsys.readouterr().err
+
+
+def test_gradients_are_compared_with_the_tasks(tmp_path):
+    split = data.Clouds(torch.randn(512, 16, 3), torch.arange(512) % 3)
+    teacher, student = networks.build("pointnet", 3, 0.2), networks.build("dgcnn", 3, 0.05)
+    bench = gradients.Bench(student.eval(), teacher.eval(), split, 12)
+    trained = {id(p) for p in bench.parameters}
+    assert all(id(p) in trained for p in student.embedding.parameters())
+    assert not any(id(p) in trained for p in student.classifier.parameters())
+
+    term = bench.fitted("kd")
+    of_task, of_term = bench.gradients(term, 0)
+    points, labels, known = bench.take(0)
+    loss = F.cross_entropy(student(points), labels, label_smoothing=0.1)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, bench.parameters)])
+    torch.testing.assert_close(of_task, wanted)
+    loss = term.terms["kd"](student(points), known.logits)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, bench.parameters)])
+    torch.testing.assert_close(of_term, wanted, atol=1e-5, rtol=1e-3)
+
+    found = list(gradients.sampling(bench))
+    assert [entry["discriminator"] for entry in found] == ["teacher", "paired"]
+    for entry in found:
+        # More points than there are: all of them.
+        assert entry["points"]["64"] == pytest.approx(1, abs=1e-5)
+        assert entry["points"]["16"] == pytest.approx(1, abs=1e-5)

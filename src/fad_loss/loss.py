@@ -143,7 +143,7 @@ class FeatureAdversarialLoss(nn.Module):
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
-        max_points: int | None = 128,
+        max_points: int | None = 64,
         layout: str = "bnc",
     ) -> None:
         """See the class."""
