@@ -44,9 +44,9 @@ class TeacherDiscriminator(nn.Module):
     more points than the student. There are no parameters, so it never trails behind the student.
 
     ``condition="point"`` is for networks whose point i is the teacher's point i (no sampling layer
-    lies between, or the same one): the teacher's density is then the one around the point that
-    belongs to z, :math:`e^{-|z_i - t_i|^2 / 2 h_m^2}` in place of the first mean. What makes the
-    score high is to be like one's own point and unlike the student's others.
+    lies between, or the same one). The teacher's density is then multiplied by a kernel around the
+    point that belongs to z: the score gains the mean over m of :math:`-|z_i - t_i|^2 / 2 h_m^2`.
+    Where the student's features are the teacher's, the gradients of both parts vanish.
 
     ``mode="witness"`` is the linear version, the witness function of the maximum mean discrepancy:
     :math:`D(z) = \frac1M \sum_j k(z, t_j) - \frac1N \sum_i k(z, s_i)`.
@@ -188,11 +188,9 @@ class TeacherDiscriminator(nn.Module):
             near = ops.kernel_mean(z, t, self.kernel, exclude_self=of_teacher, backend=self.backend)
             own = ops.kernel_mean(z, s, self.kernel, exclude_self=of_student, backend=self.backend)
             return near - own
-        if self.condition:
-            near = self._log_density_of_pairs(z, t)
-        else:
-            near = self._log_density(z, t, of_teacher)
-        return near - self._log_density(z, s, of_student)
+        near, own = self._log_density(z, t, of_teacher), self._log_density(z, s, of_student)
+        ratio = near - own
+        return ratio + self._log_likeness(z, t) if self.condition else ratio
 
     def _embed(self, features: Tensor) -> Tensor:
         return features if self.embedding is None else pointwise(self.embedding, features)
@@ -205,8 +203,8 @@ class TeacherDiscriminator(nn.Module):
         count = cloud_lengths(points).to(scores.dtype) - float(own)
         return scores - per_point(count.clamp_min(1).log(), z)
 
-    def _log_density_of_pairs(self, z: Tensor, t: Tensor) -> Tensor:
-        """The same of each teacher point alone, at the point of z that belongs to it."""
+    def _log_likeness(self, z: Tensor, t: Tensor) -> Tensor:
+        """Log of the kernel between each point of z and the teacher's point that belongs to it."""
         if is_ragged(z):
             (values, offsets), (others, bounds) = pack(z), pack(t)
             fits = values.shape == others.shape
