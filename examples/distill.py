@@ -66,6 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "teacher", "paired", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
+    add("--balance", action="store_true", help="make --weight a share of the task's gradient (fad)")
     add("--max-points", type=_count, help="that fad compares of each cloud (its default)")
     add("--views", type=int, default=0, metavar="V", help="ask the teacher about V augmented views "
         "of every cloud, once, instead of at every step (0: at every step)")  # fmt: skip

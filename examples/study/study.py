@@ -62,6 +62,7 @@ ROWS: dict[str, list[str]] = {
         f"fad-{name}": ["--loss", "fad", "--discriminator", name]
         for name in ("paired", "point", "neighborhood", "cloud", "match")
     },
+    "fad-paired-balanced": ["--loss", "fad", "--discriminator", "paired", "--balance"],
     "fitnet+kd": ["--loss", "fitnet+kd"],
     "crd+kd": ["--loss", "crd+kd"],
     "fad+kd": ["--loss", "fad+kd"],

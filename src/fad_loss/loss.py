@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fad_loss._checks import check_finite, choose, count_non_finite, describe
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise, unpack, wrap
+from fad_loss.balance import GradientBalance
 from fad_loss.discriminators import (
     CloudDiscriminator,
     MatchDiscriminator,
@@ -82,6 +83,11 @@ class FeatureAdversarialLoss(nn.Module):
         objective: "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic", or an
             `fad_loss.objectives.Objective`.
         weight: scales the student's term only.
+        balance: make `weight` a share: the student's term pulls at the student's features `weight`
+            times as strongly as all other losses do (see `fad_loss.balance.GradientBalance`), where
+            otherwise that depends on the network and the number of channels. The gradients' norms
+            are measured in every backward pass, for the next step. Scaling the result, as in
+            ``0.1 * fad(...)``, then has no effect; and ``torch.compile`` needs graph breaks.
         adapter: "linear" (a linear layer from the student's channels to the teacher's), "identity",
             or a module that maps `(..., student_channels)` to `(..., teacher_channels)`.
         normalize: standardise both by running statistics of the teacher's features, channel by
@@ -137,6 +143,7 @@ class FeatureAdversarialLoss(nn.Module):
         discriminator: str | nn.Module = "teacher",
         objective: str | Objective = "hinge",
         weight: float = 1.0,
+        balance: bool = False,
         adapter: str | nn.Module = "linear",
         normalize: bool = True,
         warmup_steps: int = 0,
@@ -156,10 +163,12 @@ class FeatureAdversarialLoss(nn.Module):
         self.penalty_every = _count("penalty_every", penalty_every, 1)
         self.lecam = _amount("lecam", lecam)
         self.max_points = None if max_points is None else _count("max_points", max_points, 2)
-        if not isinstance(normalize, bool):
-            message = f"normalize: expected True or False, got {describe(normalize)}"
-            raise TypeError(message)
+        for name, switch in (("normalize", normalize), ("balance", balance)):
+            if not isinstance(switch, bool):
+                message = f"{name}: expected True or False, got {describe(switch)}"
+                raise TypeError(message)
         self.normalize = normalize
+        self.balance = GradientBalance() if balance else None
         choose("layout", layout, LAYOUTS)
         self.layout = layout
         self.objective = get_objective(objective)
@@ -209,7 +218,7 @@ class FeatureAdversarialLoss(nn.Module):
         Returns:
             A scalar; call `backward` on it once, with the loss of the task added or not.
         """
-        fake, real, labels = self._prepare(student, teacher, labels)
+        fake, real, labels = self._prepare(self._tapped(student), teacher, labels)
         student_term, fake_scores = self._student_term(fake, real, labels)
         if not self._updating:
             return student_term
@@ -223,7 +232,7 @@ class FeatureAdversarialLoss(nn.Module):
 
         For loops with two optimizers. It advances the warm-up.
         """
-        fake, real, labels = self._prepare(student, teacher, labels)
+        fake, real, labels = self._prepare(self._tapped(student), teacher, labels)
         return self._student_term(fake, real, labels)[0]
 
     def discriminator_loss(
@@ -241,8 +250,8 @@ class FeatureAdversarialLoss(nn.Module):
 
         ``student_loss`` (unweighted), ``discriminator_loss``, ``real_score`` and ``fake_score``
         (means), ``accuracy`` (the share of scores on the right side of the midpoint between the two
-        means: 0.5 means that the features cannot be told apart), ``penalty``, ``weight`` (with the
-        warm-up in it), ``non_finite`` (how many features were NaN or infinite), and
+        means: 0.5 means that the features cannot be told apart), ``penalty``, ``weight`` (with
+        warm-up and balance in it), ``non_finite`` (how many features were NaN or infinite), and
         ``untrained_parameters``: how many of the loss's trainable parameters still hold the values
         that they were made or loaded with. Once training runs it should be 0 (or 1, where an
         objective compares scores and their common bias has no gradient); if it is more, put
@@ -263,6 +272,19 @@ class FeatureAdversarialLoss(nn.Module):
     def _learns(self) -> bool:
         return any(p.requires_grad for p in self.discriminator.parameters())
 
+    def _weight_now(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight of the student's term at this step: warm-up and balance included."""
+        weight = torch.full((), self.weight, dtype=dtype, device=self._logged.device)
+        if self.warmup_steps:
+            weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1).to(dtype)
+        return weight if self.balance is None else weight * self.balance.factor().to(dtype)
+
+    def _tapped(self, student: Tensor) -> Tensor:
+        """The student's features, watched for the gradients that arrive there."""
+        if self.balance is None or not self._updating or not isinstance(student, Tensor):
+            return student
+        return self.balance.tap(student, self._weight_now())
+
     def _student_term(
         self, fake: Tensor, real: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -273,9 +295,7 @@ class FeatureAdversarialLoss(nn.Module):
             with torch.no_grad():
                 real_scores = self._score(real, real, labels, student=fake.detach(), frozen=True)
         loss = self.objective.student(scores, real_scores)
-        weight = torch.full((), self.weight, dtype=loss.dtype, device=loss.device)
-        if self.warmup_steps:
-            weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1).to(loss.dtype)
+        weight = self._weight_now(loss.dtype)
         if self._updating:
             # Not in place: a compiled backward may compute the weight again, from what it was here.
             self.steps = self.steps + 1

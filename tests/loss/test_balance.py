@@ -1,0 +1,159 @@
+"""`balance`: the student's term pulls as strongly as its weight says, relative to the task."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fad_loss import FeatureAdversarialLoss, ragged
+from fad_loss.balance import GradientBalance
+
+
+def problem(seed=0, **options):
+    torch.manual_seed(seed)
+    encoder = nn.Linear(3, 4)
+    fad = FeatureAdversarialLoss(4, 6, balance=True, **options)
+    points, teacher = torch.randn(5, 12, 3), torch.randn(5, 12, 6)
+    return encoder, fad, points, teacher
+
+
+def task(features):
+    return 0.1 * features.square().sum(-1).amax(-1).mean()
+
+
+def norms(encoder, fad, points, teacher):
+    """Of the gradients that the two losses send to the features."""
+    features = encoder(points)
+    of_task = torch.autograd.grad(task(features), features, retain_graph=True)[0]
+    of_fad = torch.autograd.grad(fad.student_loss(features, teacher), features)[0]
+    return of_task.norm(), of_fad.norm()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.2])
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 0.25])
+def test_the_weight_is_a_share_whatever_the_whole_loss_is_scaled_by(weight, scale):
+    encoder, fad, points, teacher = problem(weight=weight)
+    features = encoder(points)
+    (scale * (task(features) + fad(features, teacher))).backward()
+    of_task, of_fad = norms(encoder, fad, points, teacher)
+    torch.testing.assert_close(of_fad, weight * of_task, rtol=1e-4, atol=0)
+    assert fad.statistics()["weight"] == pytest.approx(weight * float(fad.balance.factor()))
+
+
+def test_the_factor_is_a_constant_to_the_gradients():
+    encoder, fad, points, teacher = problem()
+    for _ in range(3):
+        features = encoder(points)
+        (task(features) + fad(features, teacher)).backward()
+    plain = FeatureAdversarialLoss(4, 6, weight=float(fad.balance.factor())).train()
+    plain.load_state_dict(
+        {name: value for name, value in fad.state_dict().items() if "balance" not in name}
+    )
+    got, wanted = (
+        torch.autograd.grad(loss.student_loss(encoder(points), teacher), [*encoder.parameters()])
+        for loss in (fad, plain)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_running_averages_follow():
+    balance = GradientBalance()
+    features = torch.ones(2, 3, requires_grad=True)
+    for step in range(200):
+        own = balance.tap(features, torch.tensor(0.5))
+        strength = 10.0 if step < 50 else 3.0
+        (strength * features.sum() + 0.5 * own.sum()).backward()
+    assert float(balance.factor()) == pytest.approx(3, rel=0.01)
+    assert int(balance.measured) == 200
+    assert not features._backward_hooks
+
+
+def test_what_cannot_be_compared_is_not_counted():
+    balance = GradientBalance()
+    for of_task, of_own in ((0.0, 1.0), (1.0, 0.0), (float("nan"), 1.0), (1.0, float("inf"))):
+        features = torch.ones(2, 3, requires_grad=True)
+        own = balance.tap(features, torch.tensor(1.0))
+        (of_task * features.sum() + of_own * own.sum()).backward()
+    # Nor a backward pass that the term has no part in, nor features without a gradient.
+    features = torch.ones(2, 3, requires_grad=True)
+    balance.tap(features, torch.tensor(1.0))
+    features.sum().backward()
+    assert not balance.tap(torch.ones(2), torch.tensor(1.0)).requires_grad
+    assert int(balance.measured) == 0
+    assert float(balance.factor()) == 1
+
+
+@pytest.mark.parametrize("strength, factor", [(1e9, 1e3), (1e-5, 1e-3)])
+def test_the_factor_is_bounded(strength, factor):
+    balance = GradientBalance()
+    features = torch.ones(2, 3, requires_grad=True)
+    own = balance.tap(features, torch.tensor(1.0))
+    (strength * features.sum() + own.sum()).backward()
+    assert float(balance.factor()) == pytest.approx(factor)
+
+
+def test_ragged_clouds():
+    balance = GradientBalance()
+    values = torch.randn(9, 4, requires_grad=True)
+    clouds = ragged(values, lengths=[2, 7])
+    own = balance.tap(clouds, torch.tensor(1.0))
+    (6 * clouds.values().sum() + own.values().sum()).backward()
+    assert float(balance.factor()) == pytest.approx(6)
+
+    fad = FeatureAdversarialLoss(4, 6, balance=True)
+    clouds = ragged(torch.randn(9, 4, requires_grad=True), lengths=[2, 7])
+    teacher = ragged(torch.randn(8, 6), lengths=[5, 3])
+    (clouds.values().square().sum() + fad(clouds, teacher)).backward()
+    assert int(fad.balance.measured) == 1
+
+
+def test_warm_up_ends_at_the_share():
+    encoder, fad, points, teacher = problem(warmup_steps=4, weight=0.5)
+    for _ in range(4):
+        features = encoder(points)
+        (task(features) + fad(features, teacher)).backward()
+    of_task, of_fad = norms(encoder, fad, points, teacher)
+    torch.testing.assert_close(of_fad, 0.5 * of_task, rtol=0.2, atol=0)
+
+
+def test_nothing_is_measured_in_evaluation():
+    encoder, fad, points, teacher = problem()
+    fad.eval()
+    features = encoder(points)
+    (task(features) + fad(features, teacher)).backward()
+    with torch.no_grad():
+        fad.train()(encoder(points), teacher)
+    assert int(fad.balance.measured) == 0
+
+
+def test_the_state_goes_on():
+    encoder, fad, points, teacher = problem()
+    features = encoder(points)
+    (task(features) + fad(features, teacher)).backward()
+    again = FeatureAdversarialLoss(4, 6, balance=True)
+    again.load_state_dict(copy.deepcopy(fad.state_dict()))
+    assert torch.equal(again.balance.factor(), fad.balance.factor())
+    assert not any("balance" in name for name in FeatureAdversarialLoss(4, 6).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_with_graph_breaks_but_not_without():
+    encoder, fad, points, teacher = problem()
+
+    def step(points, teacher):
+        features = encoder(points)
+        return task(features) + fad(features, teacher)
+
+    torch.compile(step, backend="aot_eager")(points, teacher).backward()
+    assert int(fad.balance.measured) == 1
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="leave the loss outside"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(points, teacher)
+
+
+def test_balance_is_a_switch():
+    with pytest.raises(TypeError, match=r"balance: expected True or False, got float 0\.5"):
+        FeatureAdversarialLoss(4, 6, balance=0.5)
