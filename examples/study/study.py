@@ -149,6 +149,7 @@ class Study:
             "torch": results["torch"],
             "commit": commit(),
             "command": results["command"],
+            "epochs": epochs(Path(student_row["checkpoint"]).with_suffix(".jsonl")),
         }
         RESULTS.mkdir(exist_ok=True)
         with tables.path(RESULTS, self.setting, split).open("a", encoding="utf-8") as file:
@@ -173,6 +174,12 @@ class Study:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             for future in [pool.submit(self.run, teacher, split, *one) for one in missing]:
                 future.result()
+
+
+def epochs(log: Path) -> list[dict[str, float]]:
+    """What distill.py wrote about every epoch, to five digits."""
+    records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    return [{name: float(f"{value:.5g}") for name, value in record.items()} for record in records]
 
 
 def commit() -> str:
