@@ -113,6 +113,18 @@ def test_a_loss_that_is_not_ahead_is_said_not_to_be():
     assert "no. fad minus mse: -0.50 points, standard error 0.82" in verdict
 
 
+def test_the_report_lists_the_weights_and_the_gradients(runs):
+    study.RESULTS.mkdir()
+    terms = [{"term": name, "share": s, "cosine": 0.1} for name, s in (("kd", 0.5), ("fad", 0.02))]
+    (study.RESULTS / "gradients.json").write_text(json.dumps({"terms": terms}))
+    study.main(["tune", "synthetic", "--rows", "fad"])
+    study.main(["run", "synthetic", "--rows", "alone", "fad"])
+    text = (study.RESULTS / "report.md").read_text()
+    assert "| fad | 0.1: 69.0 (0.80), 0.3: 70.0 (0.80), 1: 66.5 (0.80)" in text
+    table = (study.RESULTS / "gradients.md").read_text().splitlines()
+    assert table[2:] == ["| fad | 2.0 % | +0.10 |", "| kd | 50.0 % | +0.10 |"]
+
+
 def test_the_smaller_of_equally_good_weights_is_taken():
     lines = [
         {"weights": {"fad": w}, "accuracy": a} for w, a in ((0.1, 0.5), (3.0, 0.6), (0.3, 0.6))
