@@ -60,9 +60,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--no-baseline", action="store_true", help="do not train the student alone")
     add("--only", choices=["teacher"], help="stop after the teacher")
-    add("--weight", type=float, default=1.0, help="of the distillation term (1)")
-    add("--kd-weight", type=float, default=1.0, help="of kd (1)")
-    add("--discriminator", default="teacher", choices=[
+    add("--weight", type=float, help="of the distillation term (methods.WEIGHTS)")
+    add("--kd-weight", type=float, help="of kd (methods.WEIGHTS)")
+    add("--discriminator", default="paired", choices=[
         "teacher", "paired", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
@@ -267,12 +267,10 @@ class Experiment:
         if method == "none":
             objective = Supervised(network, options.label_smoothing)
         else:
-            adversarial: dict[str, Any] = {
-                "discriminator": options.discriminator,
-                "objective": options.objective,
-            }
-            if options.max_points:
-                adversarial["max_points"] = options.max_points
+            # What is not given is the library's default, and not part of a checkpoint's name.
+            names = [name for name in ("max_points", "balance") if getattr(options, name)]
+            names += ["discriminator", "objective"]
+            adversarial = {name: getattr(options, name) for name in names}
             objective = Distilled(
                 network,
                 teacher,
@@ -282,8 +280,7 @@ class Experiment:
                 smoothing=options.label_smoothing,
                 **adversarial,
             ).to(self.device)
-            more |= {"weight": options.weight, "teacher": digest(teacher)}
-            more |= {"kd_weight": options.kd_weight} if "kd" in method.split("+") else {}
+            more |= {"weights": objective.weights, "teacher": digest(teacher)}
             more |= adversarial if "fad" in method.split("+") else {}
         more |= {"views": options.views} if options.views else {}
         description = self.describe("student", arch, width, **more)

@@ -67,8 +67,8 @@ class Distilled(Supervised):
         student: the network to train.
         teacher: a trained network; it is not changed.
         method: names from `METHODS`, joined by "+".
-        weight: multiplies every term but knowledge distillation,
-        kd_weight: which this does.
+        weight: multiplies every term but knowledge distillation; `WEIGHTS` if not given.
+        kd_weight: the same for knowledge distillation.
         smoothing: of the labels.
         options: of `adversarial`.
 
@@ -82,8 +82,8 @@ class Distilled(Supervised):
         teacher: Network,
         method: str,
         *,
-        weight: float = 1.0,
-        kd_weight: float = 1.0,
+        weight: float | None = None,
+        kd_weight: float | None = None,
         smoothing: float = 0.1,
         **options: Any,
     ) -> None:
@@ -91,14 +91,20 @@ class Distilled(Supervised):
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._features = capture_features(student, student.layer)
         self._layer = student.layer
-        self.weight, self.kd_weight = weight, kd_weight
         channels = (student.channels, teacher.channels)
         self.terms = nn.ModuleDict({
-            name: adversarial(*channels, weight=weight, **options)
+            name: adversarial(*channels, **options)
             if name == "fad"
             else METHODS[name](*channels, classes=teacher.classes)
             for name in method.split("+")
         })  # fmt: skip
+        self.weights = {}
+        for name in self.terms:
+            given = kd_weight if name == "kd" else weight
+            best = default_weight(name, **options)
+            self.weights[name] = best if given is None else given
+        if "fad" in self.terms:
+            self.terms["fad"].weight = self.weights["fad"]
 
     def forward(
         self, points: Tensor, labels: Tensor, known: Seen | None = None
@@ -109,8 +115,8 @@ class Distilled(Supervised):
         student = Seen(features[:, : teacher.points.shape[1]], features.amax(dim=1), logits)
         for name, term in self.terms.items():
             what = COMPARED.get(name, "points")
-            # FAD scales its student's term itself.
-            weight = {"kd": self.kd_weight, "fad": 1.0}.get(name, self.weight)
+            # FAD scales its student's term itself, and not the discriminator's.
+            weight = 1.0 if name == "fad" else self.weights[name]
             loss = loss + weight * term(getattr(student, what), getattr(teacher, what))
         return loss, logits
 
@@ -289,6 +295,10 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "crd": Contrastive,
     **{name: partial(SetDistance, name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
 }
+# The weights that the study found best (examples/study/results/report.md); 1 for all others.
+WEIGHTS = {
+    "kd": 0.1, "fitnet": 3.0, "crd": 0.3, "fad": 10.0, "fad-paired": 100.0, "fad-match": 0.3,
+}  # fmt: skip
 # What they are called with, if not the features of points.
 COMPARED = {
     "kd": "logits", "logit": "logits",
@@ -299,6 +309,14 @@ TITLES = {
     "fitnet": "FitNet", "sp": "SP", "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer",
     "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
 }  # fmt: skip
+
+
+def default_weight(method: str, discriminator: str = "teacher", **options: Any) -> float:
+    """The best weight of one method that is known; with balance=True, as much as the task."""
+    if method == "fad" and options.get("balance"):
+        return 1.0
+    with_others = method == "fad" and discriminator != "teacher"
+    return WEIGHTS.get(f"fad-{discriminator}" if with_others else method, 1.0)
 
 
 def title(method: str) -> str:

@@ -186,6 +186,23 @@ def test_contrast_is_least_where_clouds_are_recognised():
     assert term(teacher.roll(1, 0), teacher) > 10
 
 
+def test_weights_are_those_of_the_study_unless_given():
+    networks_ = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
+
+    def weights(method, **options):
+        term = methods.Distilled(*networks_, method, **options)
+        if "fad" in term.terms:
+            assert term.terms["fad"].weight == term.weights["fad"]
+        return term.weights
+
+    best = methods.WEIGHTS
+    assert weights("fad+kd") == {"fad": best["fad"], "kd": best["kd"]}
+    assert weights("fad", discriminator="paired") == {"fad": best["fad-paired"]}
+    assert weights("fad", discriminator="paired", balance=True) == {"fad": 1.0}
+    assert weights("fad+kd", weight=2.0) == {"fad": 2.0, "kd": best["kd"]}
+    assert weights("mse+kd", kd_weight=0.5) == {"mse": 1.0, "kd": 0.5}
+
+
 @pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet"])
 def test_what_the_teacher_said_before_is_as_good_as_asking_again(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)

@@ -32,7 +32,8 @@ def runs(tmp_path, monkeypatch):
     def run(self, folder, *arguments, jobs=1):
         commands.append(arguments)
         options = distill.parse([*self.common, *arguments])
-        accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(options.weight - 0.3)
+        weight = 1.0 if options.weight is None else options.weight
+        accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(weight - 0.3)
         accuracy += 0.01 * options.seed
         row = {
             "accuracy": accuracy,

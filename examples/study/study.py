@@ -55,9 +55,10 @@ ROWS: dict[str, list[str]] = {
         name: ["--loss", name]
         for name in (
             "kd", "logit", "mse", "fitnet", "sp", "rkd", "crd",
-            "chamfer", "energy", "mmd", "sinkhorn", "fad",
+            "chamfer", "energy", "mmd", "sinkhorn",
         )
     },
+    "fad": ["--loss", "fad", "--discriminator", "teacher"],
     **{
         f"fad-{name}": ["--loss", "fad", "--discriminator", name]
         for name in ("paired", "point", "neighborhood", "cloud", "match")
@@ -65,7 +66,7 @@ ROWS: dict[str, list[str]] = {
     "fad-paired-balanced": ["--loss", "fad", "--discriminator", "paired", "--balance"],
     "fitnet+kd": ["--loss", "fitnet+kd"],
     "crd+kd": ["--loss", "crd+kd"],
-    "fad+kd": ["--loss", "fad+kd"],
+    "fad+kd": ["--loss", "fad+kd", "--discriminator", "teacher"],
     "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
 }  # fmt: skip
