@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fad_loss import (
     CloudDiscriminator,
     FeatureAdversarialLoss,
-    TeacherDiscriminator,
     capture_features,
     distances,
     ops,
@@ -70,7 +69,7 @@ class Distilled(Supervised):
         weight: multiplies every term but knowledge distillation; `WEIGHTS` if not given.
         kd_weight: the same for knowledge distillation.
         smoothing: of the labels.
-        options: of `adversarial`.
+        options: for `FeatureAdversarialLoss`.
 
     Its forward takes what the teacher makes of the clouds, if that is known already; the teacher's
     features may then be of the first points only.
@@ -93,7 +92,7 @@ class Distilled(Supervised):
         self._layer = student.layer
         channels = (student.channels, teacher.channels)
         self.terms = nn.ModuleDict({
-            name: adversarial(*channels, **options)
+            name: FeatureAdversarialLoss(*channels, **options)
             if name == "fad"
             else METHODS[name](*channels, classes=teacher.classes)
             for name in method.split("+")
@@ -127,18 +126,6 @@ class Distilled(Supervised):
         names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "accuracy")
         values = self.terms["fad"].statistics()
         return {f"fad_{name}": values[name] for name in names}
-
-
-def adversarial(
-    *channels: int, discriminator: str = "teacher", **options: Any
-) -> FeatureAdversarialLoss:
-    """FAD, with one of the library's discriminators.
-
-    "paired" is the teacher's for networks whose point i is the teacher's point i, as here.
-    """
-    paired = TeacherDiscriminator(condition="point")
-    chosen = paired if discriminator == "paired" else discriminator
-    return FeatureAdversarialLoss(*channels, discriminator=chosen, **options)
 
 
 class KnowledgeDistillation(nn.Module):

@@ -33,6 +33,7 @@ __all__ = ["FeatureAdversarialLoss"]
 
 _DISCRIMINATORS: Final[dict[str, Callable[[int], nn.Module]]] = {
     "teacher": lambda channels: TeacherDiscriminator(),  # noqa: ARG005
+    "paired": lambda channels: TeacherDiscriminator(condition="point"),  # noqa: ARG005
     "point": PointDiscriminator,
     "neighborhood": NeighborhoodDiscriminator,
     "cloud": CloudDiscriminator,
@@ -71,12 +72,14 @@ class FeatureAdversarialLoss(nn.Module):
     into the optimizer you have.
 
     Features are compared as sets: point i of the student need not be point i of the teacher, and
-    their numbers of points may differ.
+    their numbers of points may differ. Where they do correspond, ``discriminator="paired"`` uses
+    it.
 
     Args:
         student_channels: C of the student's features.
         teacher_channels: C of the teacher's features.
         discriminator: "teacher" (no parameters: the teacher's features are the discriminator),
+            "paired" (the same where point i of the student is point i of the teacher),
             "point", "neighborhood", "cloud", "match", or any module called as
             ``discriminator(features, reference=..., labels=...)`` (those of the keywords that its
             forward has) that returns one score per point or per cloud.

@@ -47,6 +47,7 @@ def classifier() -> nn.Module:
 EVERYTHING = {"condition": "cloud", "num_classes": CLASSES}
 DISCRIMINATORS = {
     "teacher": TeacherDiscriminator,
+    "paired": lambda: TeacherDiscriminator(condition="point"),
     "witness": lambda: TeacherDiscriminator(mode="witness"),
     "witness gaussian": lambda: TeacherDiscriminator(mode="witness", kernel=ops.Gaussian([1, 3])),
     "teacher embedding": lambda: TeacherDiscriminator(embedding=5, channels=TEACHER),
@@ -71,15 +72,13 @@ DISCRIMINATORS = {
 LEARNING = [
     name
     for name in DISCRIMINATORS
-    if "head" not in name and (name not in {"teacher", "witness", "witness gaussian"})
+    if "head" not in name and (name not in {"teacher", "paired", "witness", "witness gaussian"})
 ]
 LAYOUTS = ("N == M", "N != M", "ragged", "one ragged shape", "global", "bcn")
 # Scores that compare point i with point i need as many points on both sides; a class belongs to a
 # cloud, and global features are points of one set, which cannot be told from other sets.
 NOT_POSSIBLE = {
-    ("head of points", "N != M"),
-    ("head of points", "ragged"),
-    ("head of points", "bcn"),
+    *((n, layout) for n in ("head of points", "paired") for layout in ("N != M", "ragged", "bcn")),
     ("cloud conditioned", "global"),
     ("head of labels", "global"),
     *((name, "global") for name in DISCRIMINATORS if "match" in name),
