@@ -104,7 +104,8 @@ def test_the_report_says_what_the_lines_say(runs):
 
 def test_a_loss_that_is_not_ahead_is_said_not_to_be():
     def line(row, accuracy, seed):
-        return {"row": row, "accuracy": accuracy + 0.01 * seed, "teacher_accuracy": 0.9}
+        score = accuracy + 0.01 * seed
+        return {"row": row, "accuracy": score, "teacher_accuracy": 0.9, "weights": {row: 1.0}}
 
     rows = tables.grouped(
         [line(r, a, s) for r, a in (("fad", 0.70), ("mse", 0.705)) for s in range(3)]
@@ -124,6 +125,20 @@ def test_the_report_lists_the_weights_and_the_gradients(runs):
     assert "| fad | 0.1: 69.0 (0.80), 0.3: 70.0 (0.80), 1: 66.5 (0.80)" in text
     table = (study.RESULTS / "gradients.md").read_text().splitlines()
     assert table[2:] == ["| fad | 2.0 % | +0.10 |", "| kd | 50.0 % | +0.10 |"]
+
+
+def test_a_row_with_several_weights_is_several_rows():
+    lines = [
+        {"row": row, "weights": {row: w}, "accuracy": a}
+        for row, w, a in (("fad", 1.0, 0.5), ("mse", 3.0, 0.6), ("mse", 100.0, 0.7))
+    ]
+    found = tables.grouped(lines)
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "mse at 100": 1,
+        "mse at 3": 1,
+        "fad": 1,
+    }
+    assert list(found) == ["mse at 100", "mse at 3", "fad"]
 
 
 def test_the_smaller_of_equally_good_weights_is_taken():

@@ -61,10 +61,15 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def grouped(lines: list[Line]) -> dict[str, list[Line]]:
-    """The lines of every row, the best row first."""
+    """The lines of every row, the best row first; a row with several weights is several."""
+    given: dict[str, set[str]] = defaultdict(set)
+    labels = [", ".join(f"{w:g}" for w in line["weights"].values()) for line in lines]
+    for line, label in zip(lines, labels, strict=True):
+        given[line["row"]].add(label)
     rows: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
-        rows[line["row"]].append(line)
+    for line, label in zip(lines, labels, strict=True):
+        row = line["row"]
+        rows[row if len(given[row]) == 1 else f"{row} at {label}"].append(line)
     ranked = sorted(rows, key=lambda r: -statistics.fmean(x["accuracy"] for x in rows[r]))
     return {row: rows[row] for row in ranked}
 
@@ -151,7 +156,10 @@ def weights(lines: list[Line]) -> list[str]:
         "| loss | weight: accuracy |",
         "| --- | --- |",
     ]
-    for row, found in grouped(lines).items():
+    by_row: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        by_row[line["row"]].append(line)
+    for row, found in by_row.items():
         tried = []
         for line in sorted(found, key=lambda line: line["weights"][row]):
             last = line["epochs"][-1].get("fad_accuracy")

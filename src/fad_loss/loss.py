@@ -79,7 +79,8 @@ class FeatureAdversarialLoss(nn.Module):
         student_channels: C of the student's features.
         teacher_channels: C of the teacher's features.
         discriminator: "teacher" (no parameters: the teacher's features are the discriminator),
-            "paired" (the same where point i of the student is point i of the teacher),
+            "paired" (the same where point i of the student is point i of the teacher: the best one
+            in ``examples/study/results/report.md``),
             "point", "neighborhood", "cloud", "match", or any module called as
             ``discriminator(features, reference=..., labels=...)`` (those of the keywords that its
             forward has) that returns one score per point or per cloud.
@@ -104,7 +105,8 @@ class FeatureAdversarialLoss(nn.Module):
             step; None compares all. Only for discriminators that compare all pairs of points, like
             the default: their cost grows with the square. Student and teacher keep the same points
             if they have the same number of them. Ragged clouds, and all clouds in evaluation, are
-            compared whole.
+            compared whole. With 64 of 256 points the gradient of a batch had a cosine of 0.97 with
+            that of all (``examples/study/results/gradients.json``).
         layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
 
     Shape:
