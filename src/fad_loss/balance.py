@@ -89,11 +89,13 @@ class GradientBalance(nn.Module):
 
     @torch.no_grad()
     def _measure(self, total: Tensor, own: Tensor, weight: Tensor) -> None:
-        task = torch.linalg.vector_norm(total - own, dtype=torch.float32)
-        alone = torch.linalg.vector_norm(own, dtype=torch.float32) / weight
+        wide = torch.promote_types(total.dtype, torch.float32)
+        total, own = total.to(wide), own.to(wide)
+        task = torch.linalg.vector_norm(total - own).to(self.task.dtype)
+        alone = (torch.linalg.vector_norm(own) / weight).to(self.task.dtype)
         usable = torch.isfinite(task + alone) & (task > 0) & (alone > 0)
         self.measured.add_(usable)
-        rate = (1 / self.measured.clamp(min=1)).clamp(min=_MOMENTUM)
+        rate = (1 / self.measured.clamp(min=1)).clamp(min=_MOMENTUM).to(self.task.dtype)
         for average, latest in ((self.task, task), (self.own, alone)):
             average.copy_(torch.where(usable, torch.lerp(average, latest, rate), average))
 

@@ -17,6 +17,7 @@ GAMES = {
     "cloud": {"normalize": False, "objective": "relativistic"},
     "head": {"normalize": False},
     "point, standardised": {"normalize": True, "lecam": 0.1},
+    "teacher, balanced": {"normalize": True, "balance": True},
 }
 
 
@@ -61,6 +62,6 @@ def work(rank: int, folder: str) -> None:
         step = Step(game)
         wrapped = DistributedDataParallel(step)
         train(wrapped, points, teacher)
-        results[game] = step.state_dict()
+        results[game] = {**step.state_dict(), "weight": step.fad.statistics()["weight"]}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -95,6 +95,16 @@ def test_the_factor_is_bounded(strength, factor):
     assert float(balance.factor()) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype, converted):
+    balance = GradientBalance().to(dtype if converted and dtype == torch.float64 else torch.float32)
+    features = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+    own = balance.tap(features, torch.tensor(1.0))
+    (6 * features.sum() + 0.5 * own.sum()).backward()
+    assert float(balance.factor()) == pytest.approx(12)
+
+
 def test_ragged_clouds():
     balance = GradientBalance()
     values = torch.randn(9, 4, requires_grad=True)

@@ -41,3 +41,11 @@ def test_standardised_by_the_statistics_of_each_rank_it_trains(results):
     state = results[0]["point, standardised"]
     assert state["fad.batches"] == 3
     assert all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def test_all_ranks_use_the_balance_of_the_first(results):
+    first, second = (r["teacher, balanced"] for r in results)
+    assert first["fad.balance.measured"] == second["fad.balance.measured"] == 3
+    assert first["weight"] == second["weight"] != 1
+    # Each has measured its own half since.
+    assert first["fad.balance.task"] != second["fad.balance.task"]
