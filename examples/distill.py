@@ -76,7 +76,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=_count, help="of the students (default: 18 synthetic, else 30)")
     add("--teacher-epochs", type=_count, help="(default: 12 synthetic, else 30)")
     add("--batch-size", type=_count, default=32)
-    add("--learning-rate", type=float, default=1e-3)
+    add("--learning-rate", type=float, default=6e-3, help="of the students (0.006)")
+    add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
     add("--weight-decay", type=float, default=0.05)
     add("--label-smoothing", type=float, default=0.1)
     add("--jitter", type=float, default=0.0, help="noise on every point, standard deviation (0)")
@@ -201,7 +202,9 @@ class Experiment:
         if options.teacher:
             return self._given_teacher(options.teacher)
         arch = options.teacher_arch
-        settings = self.settings(options.teacher_epochs)
+        settings = dataclasses.replace(
+            self.settings(options.teacher_epochs), learning_rate=options.teacher_learning_rate
+        )
         description = self.describe("teacher", arch, 1.0)
         run = Run(options.output, f"teacher-{arch}", description, settings)
         network = self.build(arch, 1.0)

@@ -122,7 +122,7 @@ def test_the_report_lists_the_weights_and_the_gradients(runs):
     study.main(["tune", "synthetic", "--rows", "fad"])
     study.main(["run", "synthetic", "--rows", "alone", "fad"])
     text = (study.RESULTS / "report.md").read_text()
-    assert "| fad | 0.1: 69.0 (0.80), 0.3: 70.0 (0.80), 1: 66.5 (0.80)" in text
+    assert "| fad | 0.1: 69.0 (0.80), 0.3: 70.0 (0.80), 3: 56.5 (0.80)" in text
     table = (study.RESULTS / "gradients.md").read_text().splitlines()
     assert table[2:] == ["| fad | 2.0 % | +0.10 |", "| kd | 50.0 % | +0.10 |"]
 
