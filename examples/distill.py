@@ -62,6 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", choices=["teacher"], help="stop after the teacher")
     add("--weight", type=float, help="of the distillation term (methods.WEIGHTS)")
     add("--kd-weight", type=float, help="of kd (methods.WEIGHTS)")
+    add("--temperature", type=float, default=1.0, help="of kd (1)")
     add("--discriminator", default="paired", choices=[
         "teacher", "paired", "point", "neighborhood", "cloud", "match"])  # fmt: skip
     add("--objective", default="hinge", choices=[
@@ -280,11 +281,13 @@ class Experiment:
                 method,
                 weight=options.weight,
                 kd_weight=options.kd_weight,
+                temperature=options.temperature,
                 smoothing=options.label_smoothing,
                 **adversarial,
             ).to(self.device)
             more |= {"weights": objective.weights, "teacher": digest(teacher)}
             more |= adversarial if "fad" in method.split("+") else {}
+            more |= {"temperature": options.temperature} if "kd" in method.split("+") else {}
         more |= {"views": options.views} if options.views else {}
         description = self.describe("student", arch, width, **more)
         name = f"student-{'alone' if method == 'none' else method}"

@@ -68,6 +68,7 @@ class Distilled(Supervised):
         method: names from `METHODS`, joined by "+".
         weight: multiplies every term but knowledge distillation; `WEIGHTS` if not given.
         kd_weight: the same for knowledge distillation.
+        temperature: of knowledge distillation.
         smoothing: of the labels.
         options: for `FeatureAdversarialLoss`.
 
@@ -83,6 +84,7 @@ class Distilled(Supervised):
         *,
         weight: float | None = None,
         kd_weight: float | None = None,
+        temperature: float = 1.0,
         smoothing: float = 0.1,
         **options: Any,
     ) -> None:
@@ -94,7 +96,7 @@ class Distilled(Supervised):
         self.terms = nn.ModuleDict({
             name: FeatureAdversarialLoss(*channels, **options)
             if name == "fad"
-            else METHODS[name](*channels, classes=teacher.classes)
+            else METHODS[name](*channels, classes=teacher.classes, temperature=temperature)
             for name in method.split("+")
         })  # fmt: skip
         self.weights = {}
@@ -129,9 +131,13 @@ class Distilled(Supervised):
 
 
 class KnowledgeDistillation(nn.Module):
-    """Divergence from the teacher's softened class probabilities (Hinton et al., 2015)."""
+    """Divergence from the teacher's softened class probabilities (Hinton et al., 2015).
 
-    def __init__(self, *_: int, temperature: float = 4.0, **__: int) -> None:
+    A teacher trained with smoothed labels has little to say about wrong classes, and softening makes
+    noise of it (Müller et al., 2019): the temperature is 1 unless said otherwise.
+    """
+
+    def __init__(self, *_: int, temperature: float = 1.0, **__: float) -> None:
         super().__init__()
         self.temperature = temperature
 
@@ -148,7 +154,7 @@ class LogitDiscriminator(nn.Module):
     Zhang et al., "PointKAD: adversarial knowledge distillation for point clouds".
     """
 
-    def __init__(self, *_: int, classes: int) -> None:
+    def __init__(self, *_: int, classes: int, **__: float) -> None:
         super().__init__()
         self.fad = FeatureAdversarialLoss(
             classes, classes, discriminator=CloudDiscriminator(classes), adapter="identity"
