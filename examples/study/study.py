@@ -43,7 +43,7 @@ FURTHER = 2
 SETTINGS: dict[str, list[str]] = {
     "synthetic": ["--points", "64", "--epochs", "18", "--teacher-epochs", "12"],
     "pointnet": ["--points", "256", "--epochs", "12", "--teacher-epochs", "30", "--views", "8"],
-    # As above, with less patience: a sixth of the learning rate, and the customary temperature of KD.
+    # As above at a sixth of the learning rate, and the customary temperature of KD.
     "slow": ["--points", "256", "--epochs", "12", "--teacher-epochs", "30", "--views", "8",
              "--learning-rate", "0.001", "--temperature", "4"],
     "dgcnn": ["--teacher-arch", "dgcnn", "--points", "256", "--epochs", "12",

@@ -86,7 +86,9 @@ class FeatureAdversarialLoss(nn.Module):
             forward has) that returns one score per point or per cloud.
         objective: "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic", or an
             `fad_loss.objectives.Objective`.
-        weight: scales the student's term only.
+        weight: scales the student's term only. None takes the discriminator's `default_weight`, the
+            best one in ``examples/study/results/report.md``, and 1 if it has none (or with
+            ``balance=True``).
         balance: make `weight` a share: the student's term pulls at the student's features `weight`
             times as strongly as all other losses do (see `fad_loss.balance.GradientBalance`), where
             otherwise that depends on the network and the number of channels. The gradients' norms
@@ -147,7 +149,7 @@ class FeatureAdversarialLoss(nn.Module):
         *,
         discriminator: str | nn.Module = "teacher",
         objective: str | Objective = "hinge",
-        weight: float = 1.0,
+        weight: float | None = None,
         balance: bool = False,
         adapter: str | nn.Module = "linear",
         normalize: bool = True,
@@ -162,7 +164,6 @@ class FeatureAdversarialLoss(nn.Module):
         super().__init__()
         self.student_channels = _count("student_channels", student_channels, 1)
         self.teacher_channels = _count("teacher_channels", teacher_channels, 1)
-        self.weight = _amount("weight", weight)
         self.warmup_steps = _count("warmup_steps", warmup_steps, 0)
         self.gradient_penalty = _amount("gradient_penalty", gradient_penalty)
         self.penalty_every = _count("penalty_every", penalty_every, 1)
@@ -179,6 +180,9 @@ class FeatureAdversarialLoss(nn.Module):
         self.objective = get_objective(objective)
         self.adapter = self._make_adapter(adapter)
         self.discriminator = self._make_discriminator(discriminator)
+        if weight is None:
+            weight = 1.0 if balance else getattr(self.discriminator, "default_weight", 1.0)
+        self.weight = _amount("weight", weight)
         self._keywords = _accepted_keywords(self.discriminator)
         if normalize and not getattr(self.discriminator, "standardized", True):
             message = (

@@ -101,6 +101,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, **options) -> FeatureAdv
     torch.manual_seed(0)
     discriminator = DISCRIMINATORS[name]() if name in DISCRIMINATORS else name
     options.setdefault("normalize", "head" not in name)
+    options.setdefault("weight", 1.0)
     fad = FeatureAdversarialLoss(STUDENT, TEACHER, discriminator=discriminator, **options)
     return fad if dtype == torch.float32 else fad.to(dtype)
 

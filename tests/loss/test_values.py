@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fad_loss import FeatureAdversarialLoss, PointDiscriminator, TeacherDiscriminator, ragged
+from fad_loss import (
+    FeatureAdversarialLoss,
+    MatchDiscriminator,
+    PointDiscriminator,
+    TeacherDiscriminator,
+    ragged,
+)
 from fad_loss.objectives import Hinge, LeastSquares, Relativistic
 from fad_loss.penalties import lecam, r1, r2
 
@@ -270,3 +276,26 @@ def test_labels_per_point_of_ragged_clouds():
     loss = fad(clouds(student, "ragged"), teacher, each)
     expected = make("point conditioned")(clouds(student, "ragged"), teacher, labels)
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    "discriminator, expected",
+    [
+        ("teacher", TeacherDiscriminator().default_weight),
+        ("paired", TeacherDiscriminator(condition="point").default_weight),
+        (TeacherDiscriminator(mode="witness"), 1.0),
+        ("match", MatchDiscriminator.default_weight),
+        ("point", 1.0),
+        (torch.nn.Linear(TEACHER, 1), 1.0),
+    ],
+)
+def test_without_a_weight_the_discriminators_own_is_taken(discriminator, expected):
+    def weight(**options):
+        return FeatureAdversarialLoss(
+            STUDENT, TEACHER, discriminator=discriminator, **options
+        ).weight
+
+    assert weight() == expected
+    assert weight(weight=0.0) == 0.0
+    assert weight(weight=2) == 2.0
+    assert weight(balance=True) == 1.0

@@ -76,6 +76,9 @@ class MatchDiscriminator(nn.Module):
         True
     """
 
+    default_weight: ClassVar[float] = 0.3
+    """The best weight in ``examples/study/results/report.md``."""
+
     compares_clouds: ClassVar[bool] = True
     """Scores depend on the other clouds, so the loss does not join real and fake ones."""
 
