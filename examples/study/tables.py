@@ -110,6 +110,12 @@ def verdicts(rows: dict[str, list[Line]]) -> list[str]:
     return result
 
 
+def schedule(line: Line) -> str:
+    """How long a student trained."""
+    rate = max(record.get("learning_rate", 0.0) for record in line["epochs"])
+    return f"{len(line['epochs'])} epochs, learning rate {rate:g}"
+
+
 def table(setting: str, lines: list[Line]) -> list[str]:
     """One setting as Markdown."""
     rows = grouped(lines)
@@ -122,7 +128,7 @@ def table(setting: str, lines: list[Line]) -> list[str]:
         f"{first['data']}.",
         f"Teacher: {first['teacher_parameters']:,} parameters, {100 * teacher:.2f} %,",
         f"corrupted {100 * statistics.fmean(first['teacher_corrupted'].values()):.2f} %.",
-        f"Students: {first['parameters']:,} parameters.",
+        f"Students: {first['parameters']:,} parameters, {schedule(first)}.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",
@@ -150,8 +156,9 @@ def table(setting: str, lines: list[Line]) -> list[str]:
 def weights(lines: list[Line]) -> list[str]:
     """What every weight gave on the validation split, as Markdown."""
     text = [
-        "Weights tried, one seed each: accuracy on the validation split in % (and the share of the",
-        "scores that were on the right side in the last epoch, where there is a discriminator).",
+        f"Weights tried, one seed each, {schedule(lines[0])}: accuracy on the validation",
+        "split in % (and the share of the scores that were on the right side in the last epoch,",
+        "where there is a discriminator).",
         "",
         "| loss | weight: accuracy |",
         "| --- | --- |",
@@ -216,7 +223,7 @@ def write(results: Path) -> int:
         "Corrupted: mean accuracy on test clouds with noise, with a missing region, turned and",
         "scaled (`CORRUPTIONS` in `examples/data.py`). s: seconds of training, with other runs",
         "beside it. Weights were chosen on a validation split of the training clouds, by the same",
-        "rule for every method.",
+        "rule for every method, in fewer epochs.",
         "",
         "<!-- report -->",
         "",
