@@ -289,7 +289,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 }
 # The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
 # knows its own.
-WEIGHTS = {"kd": 0.1, "fitnet": 100.0, "crd": 0.3}
+WEIGHTS = {"kd": 3.0, "fitnet": 3.0, "crd": 0.3}
 # What they are called with, if not the features of points.
 COMPARED = {
     "kd": "logits", "logit": "logits",
