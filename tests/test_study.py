@@ -113,6 +113,9 @@ def test_a_loss_that_is_not_ahead_is_said_not_to_be():
     assert list(rows) == ["mse", "fad"]
     (verdict,) = tables.verdicts(rows)
     assert "no. fad minus mse: -0.50 points, standard error 0.82" in verdict
+    # A row of a single seed claims nothing.
+    lucky = {**rows, "fad-paired": [line("fad-paired", 0.9, 0)]}
+    assert tables.verdicts(lucky) == [verdict]
 
 
 def test_the_report_lists_the_weights_and_the_gradients(runs):
