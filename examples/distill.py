@@ -15,12 +15,15 @@ The three lines that matter to your own loop are in methods.py.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,8 @@ import networks
 import readers
 import report
 from data import DataError, Dataset, synthetic
-from methods import METHODS, Distilled, Network, Supervised, title
+from fad_loss import FeatureAdversarialLoss
+from methods import DISCRIMINATORS, METHODS, Distilled, Network, Supervised, title
 from training import Run, Settings, fit, load_checkpoint
 from views import Views
 
@@ -60,15 +64,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--no-baseline", action="store_true", help="do not train the student alone")
     add("--only", choices=["teacher"], help="stop after the teacher")
-    add("--weight", type=float, help="of the distillation term (methods.WEIGHTS)")
-    add("--kd-weight", type=float, help="of kd (methods.WEIGHTS)")
+    add("--weights", nargs="+", type=_weight, default=[], metavar="METHOD=WEIGHT",
+        help="of the terms (methods.WEIGHTS)")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="of kd (1)")
-    add("--discriminator", default="paired", choices=[
-        "teacher", "paired", "point", "neighborhood", "cloud", "match"])  # fmt: skip
+    add("--discriminator", default="paired", help="of fad (paired)", choices=[
+        "teacher", "paired", "point", "neighborhood", "cloud", "match", *DISCRIMINATORS,
+    ])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
-    add("--balance", action="store_true", help="make --weight a share of the task's gradient (fad)")
-    add("--max-points", type=_count, help="that fad compares of each cloud (its default)")
+    add("--fad", nargs="+", type=_setting, default=[], metavar="NAME=VALUE",
+        help="more arguments of FeatureAdversarialLoss: balance=True, max_points=32")  # fmt: skip
+    add("--curriculum", choices=["first", "fade"], help="the terms first, then the task too; or "
+        "terms that fade to nothing")  # fmt: skip
     add("--views", type=int, default=0, metavar="V", help="ask the teacher about V augmented views "
         "of every cloud, once, instead of at every step (0: at every step)")  # fmt: skip
     add("--cache", type=Path, help="folder for the views, 1.3 GB each of 9,840 clouds (--output)")
@@ -104,6 +111,31 @@ def _method(text: str) -> str:
         message = f"{text!r} (choose from {known}, or join several with +)"
         raise argparse.ArgumentTypeError(message)
     return text
+
+
+def _pair(text: str, names: Collection[str]) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        if name in names:
+            return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        pass
+    message = f"expected NAME=VALUE with a name from {', '.join(names)}, got {text!r}"
+    raise argparse.ArgumentTypeError(message)
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, value = _pair(text, METHODS)
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        message = f"{name}: expected a weight of at least 0, got {value!r}"
+        raise argparse.ArgumentTypeError(message)
+    return name, float(value)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    names = inspect.signature(FeatureAdversarialLoss).parameters
+    own = {"student_channels", "teacher_channels", "discriminator", "objective", "weight", "layout"}
+    return _pair(text, [name for name in names if name not in own])
 
 
 def _count(text: str) -> int:
@@ -271,22 +303,29 @@ class Experiment:
         if method == "none":
             objective = Supervised(network, options.label_smoothing)
         else:
-            # What is not given is the library's default, and not part of a checkpoint's name.
-            names = [name for name in ("max_points", "balance") if getattr(options, name)]
-            names += ["discriminator", "objective"]
-            adversarial = {name: getattr(options, name) for name in names}
-            objective = Distilled(
-                network,
-                teacher,
-                method,
-                weight=options.weight,
-                kd_weight=options.kd_weight,
-                temperature=options.temperature,
-                smoothing=options.label_smoothing,
-                **adversarial,
-            ).to(self.device)
+            adversarial = {
+                "discriminator": options.discriminator,
+                "objective": options.objective,
+                **dict(options.fad),
+            }
+            try:
+                objective = Distilled(
+                    network,
+                    teacher,
+                    method,
+                    weights=dict(options.weights),
+                    temperature=options.temperature,
+                    smoothing=options.label_smoothing,
+                    curriculum=options.curriculum,
+                    **adversarial,
+                ).to(self.device)
+            except (ValueError, TypeError) as error:
+                message = f"--loss {method}: {error}"
+                raise DataError(message) from error
             more |= {"weights": objective.weights, "teacher": digest(teacher)}
+            # What is not given is the library's default, and not part of a checkpoint's name.
             more |= adversarial if "fad" in method.split("+") else {}
+            more |= {"curriculum": options.curriculum} if options.curriculum else {}
             more |= {"temperature": options.temperature} if "kd" in method.split("+") else {}
         more |= {"views": options.views} if options.views else {}
         description = self.describe("student", arch, width, **more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fad_loss import (
     CloudDiscriminator,
     FeatureAdversarialLoss,
+    HeadDiscriminator,
+    TeacherDiscriminator,
     capture_features,
     distances,
     ops,
@@ -27,19 +29,35 @@ class Seen(NamedTuple):
 
     points: Tensor  # features (B, N, C), of the layer that is distilled
     pooled: Tensor  # their maximum over all points, (B, C)
+    penultimate: Tensor  # what the last layer of the classifier takes, (B, C')
     logits: Tensor  # (B, classes)
+
+
+def watch(network: Network) -> Any:
+    """Captures the features that are compared."""
+    return capture_features(network, [network.layer, network.penultimate])
+
+
+def seen(network: Network, features: Mapping[str, Tensor], logits: Tensor) -> Seen:
+    """What `watch` saw."""
+    points = features[network.layer]
+    return Seen(points, points.amax(dim=1), features[network.penultimate], logits)
 
 
 @torch.no_grad()
 def teach(teacher: Network, points: Tensor) -> Seen:
     """What the teacher makes of a batch of clouds."""
-    with capture_features(teacher, teacher.layer) as features:
-        logits = teacher(points)
-        return Seen(features[teacher.layer], features[teacher.layer].amax(dim=1), logits)
+    with watch(teacher) as features:
+        return seen(teacher, features, teacher(points))
 
 
 class Supervised(nn.Module):
-    """Cross entropy with the labels."""
+    """Cross entropy with the labels.
+
+    Whoever trains it sets `progress`, the share of the training that is over.
+    """
+
+    progress = 0.0
 
     def __init__(self, network: nn.Module, smoothing: float = 0.1) -> None:
         super().__init__()
@@ -66,12 +84,14 @@ class Distilled(Supervised):
         student: the network to train.
         teacher: a trained network; it is not changed.
         method: names from `METHODS`, joined by "+".
-        weight: multiplies every term but knowledge distillation; if not given, FAD's own default,
-            or that of `WEIGHTS`.
-        kd_weight: the same for knowledge distillation.
+        weights: what multiplies the terms; of those that are not named, FAD's own default, or that
+            of `WEIGHTS`.
         temperature: of knowledge distillation.
         smoothing: of the labels.
-        options: for `FeatureAdversarialLoss`.
+        curriculum: "first" spends the first quarter of the training on the terms alone, "fade" lets
+            them fade linearly to nothing.
+        discriminator: of "fad": from `DISCRIMINATORS`, or a name that the library knows.
+        options: more of them for "fad", as `FeatureAdversarialLoss` takes them.
 
     Its forward takes what the teacher makes of the clouds, if that is known already; the teacher's
     features may then be of the first points only.
@@ -83,41 +103,57 @@ class Distilled(Supervised):
         teacher: Network,
         method: str,
         *,
-        weight: float | None = None,
-        kd_weight: float | None = None,
+        weights: Mapping[str, float] | None = None,
         temperature: float = 1.0,
         smoothing: float = 0.1,
+        curriculum: str | None = None,
+        discriminator: str = "paired",
         **options: Any,
     ) -> None:
         super().__init__(student, smoothing)
         self._teacher = (teacher.eval().requires_grad_(False),)
-        self._features = capture_features(student, student.layer)
-        self._layer = student.layer
-        channels = (student.channels, teacher.channels)
-        self.terms = nn.ModuleDict({
-            name: FeatureAdversarialLoss(*channels, weight=weight, **options)
-            if name == "fad"
-            else METHODS[name](*channels, classes=teacher.classes, temperature=temperature)
-            for name in method.split("+")
-        })  # fmt: skip
+        self._features = watch(student)
+        self.curriculum = curriculum
+        given = dict(weights or {})
+        self.terms = nn.ModuleDict()
         self.weights = {}
-        for name, term in self.terms.items():
-            given = kd_weight if name == "kd" else weight
-            best = term.weight if name == "fad" else WEIGHTS.get(name, 1.0)
-            self.weights[name] = best if given is None else given
+        for name in method.split("+"):
+            sizes = [
+                network.classifier[-1].in_features
+                if COMPARED.get(name) == "penultimate"
+                else network.channels
+                for network in (student, teacher)
+            ]
+            if name == "fad":
+                make = DISCRIMINATORS.get(discriminator)
+                options["discriminator"] = make(sizes[1]) if make else discriminator
+                term = FeatureAdversarialLoss(*sizes, weight=given.get(name), **options)
+                self.weights[name] = term.weight
+            else:
+                term = METHODS[name](
+                    *sizes,
+                    classes=teacher.classes,
+                    temperature=temperature,
+                    head=teacher.classifier[-1],
+                )
+                self.weights[name] = given.get(name, WEIGHTS.get(name, 1.0))
+            self.terms[name] = term
 
     def forward(
         self, points: Tensor, labels: Tensor, known: Seen | None = None
     ) -> tuple[Tensor, Tensor]:
         teacher = teach(self._teacher[0], points) if known is None else known
         loss, logits = super().forward(points, labels)
-        features = self._features[self._layer]
-        student = Seen(features[:, : teacher.points.shape[1]], features.amax(dim=1), logits)
+        student = seen(self._network[0], self._features, logits)
+        student = student._replace(points=student.points[:, : teacher.points.shape[1]])
+        if self.curriculum == "first" and self.progress < 0.25:
+            loss = 0.0 * loss
+        fading = 1.0 - self.progress if self.curriculum == "fade" else 1.0
         for name, term in self.terms.items():
             what = COMPARED.get(name, "points")
             # FAD scales its student's term itself, and not the discriminator's.
             weight = 1.0 if name == "fad" else self.weights[name]
-            loss = loss + weight * term(getattr(student, what), getattr(teacher, what))
+            loss = loss + fading * weight * term(getattr(student, what), getattr(teacher, what))
         return loss, logits
 
     def statistics(self) -> dict[str, Tensor]:
@@ -275,9 +311,24 @@ class SetDistance(Matched):
         return plan / channels
 
 
-# Called with the channels of the student and of the teacher, and classes=.
+class Judged(nn.Module):
+    """FAD by the teacher's last layer: what does it make of the student's penultimate features?"""
+
+    def __init__(self, *channels: int, head: nn.Module, **_: float) -> None:
+        super().__init__()
+        discriminator = HeadDiscriminator(head, pool=None)
+        self.fad = FeatureAdversarialLoss(
+            *channels, discriminator=discriminator, normalize=False, weight=1.0
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.fad(student, teacher)
+
+
+# Called with the channels of the student and of the teacher, classes=, temperature= and head=.
 METHODS: dict[str, Callable[..., nn.Module]] = {
-    "fad": lambda student, teacher, **_: FeatureAdversarialLoss(student, teacher),
+    "fad": FeatureAdversarialLoss,
+    "head": Judged,
     "kd": KnowledgeDistillation,
     "logit": LogitDiscriminator,
     "mse": PooledError,
@@ -290,15 +341,23 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 # The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
 # knows its own.
 WEIGHTS = {"kd": 3.0, "fitnet": 3.0, "crd": 0.3}
+# Variants that have no name in the library; called with the teacher's channels.
+DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
+    "witness": lambda _: TeacherDiscriminator(mode="witness"),
+    "embedded": lambda channels: TeacherDiscriminator(embedding=32, channels=channels),
+    "narrow": lambda _: TeacherDiscriminator(condition="point", bandwidths=[0.3]),
+    "wide": lambda _: TeacherDiscriminator(condition="point", bandwidths=[3.0]),
+}
 # What they are called with, if not the features of points.
 COMPARED = {
-    "kd": "logits", "logit": "logits",
+    "kd": "logits", "logit": "logits", "head": "penultimate",
     "mse": "pooled", "sp": "pooled", "rkd": "pooled", "crd": "pooled",
 }  # fmt: skip
 TITLES = {
-    "none": "alone", "fad": "FAD", "kd": "KD", "logit": "logit discriminator", "mse": "MSE",
-    "fitnet": "FitNet", "sp": "SP", "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer",
-    "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
+    "none": "alone", "fad": "FAD", "head": "the teacher's last layer", "kd": "KD",
+    "logit": "logit discriminator", "mse": "MSE", "fitnet": "FitNet", "sp": "SP",
+    "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer", "energy": "energy distance",
+    "mmd": "MMD", "sinkhorn": "Sinkhorn",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Both are the published classifiers. Every channel count is multiplied by ``width``, which is how a
 student 40 times smaller than its teacher is found (`widest`). The module path `layer` of a network
 names the layer to distil: it puts out one feature per point, ``(B, N, channels)``, and nothing but
-pooling and the classifier follows it.
+pooling and the classifier follows it; `penultimate`, the layer before the classifier's last one.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ class PointNet(nn.Module):
     """
 
     layer = "encoder"
+    penultimate = "classifier.1"
 
     def __init__(self, classes: int, width: float = 1.0) -> None:
         super().__init__()
@@ -198,6 +199,7 @@ class DGCNN(nn.Module):
     """
 
     layer = "embedding"
+    penultimate = "classifier.2"
 
     def __init__(self, classes: int, width: float = 1.0, neighbors: int = 20) -> None:
         super().__init__()

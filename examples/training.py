@@ -23,6 +23,8 @@ Record: TypeAlias = dict[str, float]
 class Objective(Protocol):
     """What is minimised: an `nn.Module` that runs the network on a batch."""
 
+    progress: float  # the share of the training that is over
+
     def __call__(self, points: Tensor, labels: Tensor, known: Any = None) -> tuple[Tensor, Tensor]:
         """The loss and the logits."""
 
@@ -192,8 +194,10 @@ def fit(
         losses, right = [], torch.zeros((), dtype=torch.int64, device=device)
         logged: list[dict[str, Tensor]] = []
         for step, index in enumerate(batches(data.train.labels, batch_size, generator)):
+            done = epoch + step / steps
+            objective.progress = done / settings.epochs
             for group in optimizer.param_groups:
-                group["lr"] = settings.rate(epoch + step / steps)
+                group["lr"] = settings.rate(done)
             batch, known = data.train.select(index), None
             if views is None:
                 points = subsample(batch.points, settings.points, generator)

@@ -25,6 +25,7 @@ from training import Settings
 # Features are kept of so many points of a view; the logits and the pooled features are of all.
 KEPT = 64
 BATCH = 64
+ARRAYS = ("clouds", *Seen._fields)
 
 
 class Views:
@@ -36,8 +37,7 @@ class Views:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        names = ("clouds", "points", "pooled", "logits")
-        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         self.device = device
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Views:
             taken = torch.from_numpy(self._arrays[name][view, rows])
             return taken.to(self.device, torch.float32)
 
-        return read("clouds"), Seen(read("points"), read("pooled"), read("logits"))
+        return read("clouds"), Seen(*map(read, Seen._fields))
 
     @classmethod
     def make(
@@ -67,24 +67,26 @@ class Views:
         """Those in `cache` if they are there, else new ones; `key` says what they depend on."""
         kept = min(KEPT, settings.points)
         augmented = {"jitter": settings.jitter, "rotate": settings.rotate}
-        everything = {**key, **augmented, "points": settings.points, "views": count, "kept": kept}
+        sizes = {"points": settings.points, "views": count, "kept": kept}
+        everything = {**key, **augmented, **sizes, "arrays": ARRAYS}
         text = json.dumps(everything, sort_keys=True)
         folder = cache / f"views-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         device = clouds.labels.device
         if not folder.exists():
             partial = cache / f".{folder.name}-{os.getpid()}"
             partial.mkdir(parents=True, exist_ok=True)
-            sizes = {
+            shapes = {
                 "clouds": (np.float32, (settings.points, 3)),
                 "points": (np.float16, (kept, teacher.channels)),
                 "pooled": (np.float32, (teacher.channels,)),
+                "penultimate": (np.float32, (teacher.classifier[-1].in_features,)),
                 "logits": (np.float32, (teacher.classes,)),
             }
             arrays = {
                 name: np.lib.format.open_memmap(
                     partial / f"{name}.npy", "w+", dtype, (count, len(clouds), *shape)
                 )
-                for name, (dtype, shape) in sizes.items()
+                for name, (dtype, shape) in shapes.items()
             }
             teacher.eval()
             for view in progress(range(count)):
@@ -93,11 +95,10 @@ class Views:
                     part = slice(start, start + BATCH)
                     points = subsample(clouds.points[part], settings.points, generator)
                     points = augment(points, generator, **augmented)
-                    seen = teach(teacher, points)
-                    arrays["clouds"][view, part] = points.cpu()
-                    arrays["points"][view, part] = seen.points[:, :kept].cpu()
-                    arrays["pooled"][view, part] = seen.pooled.cpu()
-                    arrays["logits"][view, part] = seen.logits.cpu()
+                    known = teach(teacher, points)
+                    known = known._replace(points=known.points[:, :kept])
+                    for name, found in zip(ARRAYS, (points, *known), strict=True):
+                        arrays[name][view, part] = found.cpu()
             for array in arrays.values():
                 array.flush()
             (partial / "key.json").write_text(text + "\n", encoding="utf-8")

@@ -136,7 +136,7 @@ def test_edge_conv_is_a_linear_layer_on_edges():
 # ------------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS, "fad+kd", "mse+kd"])
+@pytest.mark.parametrize("method", [*methods.METHODS, "fad+head+kd", "mse+kd"])
 def test_every_method_teaches_the_student_and_leaves_the_teacher(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -200,14 +200,59 @@ def test_weights_are_those_of_the_study_unless_given():
     best = methods.WEIGHTS
     ours = FeatureAdversarialLoss(4, 4).weight
     assert ours > 1
-    assert weights("fad+kd") == {"fad": ours, "kd": best["kd"]}
-    assert weights("fad", discriminator="paired")["fad"] > ours
+    assert weights("fad+kd", discriminator="teacher") == {"fad": ours, "kd": best["kd"]}
+    assert weights("fad")["fad"] > ours  # paired
     assert weights("fad", discriminator="paired", balance=True) == {"fad": 1.0}
-    assert weights("fad+kd", weight=2.0) == {"fad": 2.0, "kd": best["kd"]}
-    assert weights("mse+kd", kd_weight=0.5) == {"mse": 1.0, "kd": 0.5}
+    assert weights("fad+kd", weights={"fad": 2.0}) == {"fad": 2.0, "kd": best["kd"]}
+    assert weights("mse+kd", weights={"kd": 0.5}) == {"mse": 1.0, "kd": 0.5}
+    assert weights("fad", weights={"fad": 0.0}) == {"fad": 0.0}
 
 
-@pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet"])
+@pytest.mark.parametrize("discriminator", methods.DISCRIMINATORS)
+def test_variants_teach_too(discriminator):
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
+    objective = methods.Distilled(student, teacher, "fad", discriminator=discriminator)
+    objective(torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0]))[0].backward()
+    assert all(p.grad.isfinite().all() for p in objective.parameters())
+    assert student.local[0].linear.weight.grad.abs().sum() > 0
+
+
+def test_the_teachers_last_layer_judges_the_students_penultimate_features():
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("dgcnn", 3, 0.1)
+    objective = methods.Distilled(student.eval(), teacher, "head").eval()
+    points, labels = torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])
+    known = methods.teach(teacher, points)
+    torch.testing.assert_close(teacher.classifier[-1](known.penultimate), known.logits)
+    loss, _ = objective(points, labels)
+    plain, _ = methods.Supervised(student)(points, labels)
+    with methods.watch(student) as features:
+        student(points)
+        adapted = objective.terms["head"].fad.adapter(features[student.penultimate])
+    guess = F.log_softmax(teacher.classifier[-1](adapted), dim=-1)
+    wanted = F.kl_div(guess, known.logits.softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(loss - plain, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_curriculum_moves_from_the_terms_to_the_task():
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
+    points, labels = torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])
+
+    def loss(curriculum, progress):
+        torch.manual_seed(0)
+        objective = methods.Distilled(student.eval(), teacher, "fitnet", curriculum=curriculum)
+        objective.progress = progress
+        return objective(points, labels)[0].item()
+
+    task = methods.Supervised(student)(points, labels)[0].item()
+    both = loss(None, 0.5)
+    assert both > task
+    assert loss("first", 0.0) == pytest.approx(both - task, rel=1e-4)
+    assert loss("first", 0.5) == both
+    assert loss("fade", 0.0) == both
+    assert loss("fade", 0.75) == pytest.approx(task + (both - task) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet", "head"])
 def test_what_the_teacher_said_before_is_as_good_as_asking_again(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     objective = methods.Distilled(student.eval(), teacher, method).eval()
@@ -228,6 +273,7 @@ def test_views_hold_what_the_teacher_says(tmp_path):
     expected = methods.teach(teacher, points)
     torch.testing.assert_close(seen.points, expected.points, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(seen.pooled, expected.pooled)
+    torch.testing.assert_close(seen.penultimate, expected.penultimate)
     torch.testing.assert_close(seen.logits, expected.logits)
     assert torch.equal(points, made.take(1, index)[0])  # the views come round again
     assert not torch.equal(points, made.take(0, index)[0])
@@ -369,7 +415,7 @@ def test_the_teacher_is_asked_once_about_views(clouds, teacher, tmp_path):
     assert distill.main([*command, "--only", "teacher"]) == 0
     (made,) = (tmp_path / "cache").glob("views-*")
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert distill.main([*command, "--max-points", "8"]) == 0
+    assert distill.main([*command, "--fad", "max_points=8"]) == 0
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "student alone", "student with FAD"]
@@ -398,6 +444,7 @@ def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, caps
         (["--teacher", "{other}"], "not a checkpoint of this example"),
         (["--device", "nonsense"], "--device nonsense: "),
         (["--output", "{clouds}/inside"], "--output "),
+        (["--fad", "max_points=1"], "--loss fad: max_points: expected"),
         (["--compress", "1e6", "--teacher", "{teacher}"], "has as few as 3 parameters"),
     ],
 )
@@ -425,7 +472,19 @@ def test_a_teacher_of_other_classes(teacher, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--loss", "magic"], ["--loss", "kd+kd"], ["--points", "0"], ["--epochs", "two"]]
+    "options",
+    [
+        ["--loss", "magic"],
+        ["--loss", "kd+kd"],
+        ["--points", "0"],
+        ["--epochs", "two"],
+        ["--weights", "magic=1"],
+        ["--weights", "kd"],
+        ["--weights", "kd=-1"],
+        ["--weights", "kd=much"],
+        ["--fad", "student_channels=3"],
+        ["--fad", "lecam=("],
+    ],
 )
 def test_wrong_options(options, capsys):
     with pytest.raises(SystemExit) as caught:

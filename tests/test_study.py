@@ -32,7 +32,7 @@ def runs(tmp_path, monkeypatch):
     def run(self, folder, *arguments, jobs=1):
         commands.append(arguments)
         options = distill.parse([*self.common, *arguments])
-        weight = 1.0 if options.weight is None else options.weight
+        weight = options.weights[0][1] if options.weights else 1.0
         accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(weight - 0.3)
         accuracy += 0.01 * options.seed
         row = {
@@ -58,7 +58,7 @@ def runs(tmp_path, monkeypatch):
 
 def test_every_row_is_a_command_of_the_example():
     for setting, common in study.SETTINGS.items():
-        for row, arguments in study.ROWS.items():
+        for row, arguments in {**study.ROWS, **study.ABLATIONS}.items():
             options = distill.parse([*common, *arguments])
             assert len(options.loss) == 1, (setting, row)
 
@@ -74,9 +74,8 @@ def test_tuning_then_running_then_nothing_is_left(runs, capsys):
     assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
     assert len(runs) == 1 + 4 * 2
     assert not any("--validate" in arguments for arguments in runs)
-    weights = {a[a.index("--weight") + 1] for a in runs if "--weight" in a}
-    assert weights == {"0.3"}
-    assert any(a[-2:] == ("--kd-weight", "1") for a in runs)
+    weights = {a[a.index("--weights") + 1 :] for a in runs if "--weights" in a}
+    assert weights == {("mse=0.3",), ("fad=0.3",), ("fad=0.3", "kd=1")}
     runs.clear()
     assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
     assert runs == []

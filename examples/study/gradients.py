@@ -70,8 +70,8 @@ class Bench:
     def fitted(self, method: str, **options: Any) -> Distilled:
         """A term whose own parameters (the adapter) have been trained for this student."""
         torch.manual_seed(0)
-        ones = {"weight": 1.0, "kd_weight": 1.0}
-        term = Distilled(self.student, self.teacher, method, **ones, **options).train()
+        weights = {method: 1.0}
+        term = Distilled(self.student, self.teacher, method, weights=weights, **options).train()
         if not list(term.parameters()):
             return term
         optimizer = torch.optim.Adam(term.parameters(), 3e-3)

@@ -66,13 +66,37 @@ ROWS: dict[str, list[str]] = {
         f"fad-{name}": ["--loss", "fad", "--discriminator", name]
         for name in ("paired", "point", "neighborhood", "cloud", "match")
     },
-    "fad-paired-balanced": ["--loss", "fad", "--discriminator", "paired", "--balance"],
+    "fad-head": ["--loss", "head"],
     "fitnet+kd": ["--loss", "fitnet+kd"],
     "crd+kd": ["--loss", "crd+kd"],
     "fad+kd": ["--loss", "fad+kd", "--discriminator", "teacher"],
     "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
+    "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
+    "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
+# One thing changed of a row above; not part of the comparison unless asked for.
+ABLATIONS: dict[str, list[str]] = {
+    "fad-paired-balanced": [*ROWS["fad-paired"], "--fad", "balance=True"],
+    "fad-paired-raw": [*ROWS["fad-paired"], "--fad", "normalize=False"],
+    "fad-paired-warmup": [*ROWS["fad-paired"], "--fad", "warmup_steps=300"],
+    "fad-paired-16points": [*ROWS["fad-paired"], "--fad", "max_points=16"],
+    "fad-paired-relativistic": [*ROWS["fad-paired"], "--objective", "relativistic"],
+    **{
+        f"fad-paired-{curriculum}": [*ROWS["fad-paired"], "--curriculum", curriculum]
+        for curriculum in ("first", "fade")
+    },
+    **{
+        f"fad-{name}": ["--loss", "fad", "--discriminator", name]
+        for name in ("narrow", "wide", "witness", "embedded")
+    },
+    **{
+        f"fad-point-{objective}": [*ROWS["fad-point"], "--objective", objective]
+        for objective in ("non_saturating", "least_squares", "wasserstein", "relativistic")
+    },
+    "fad-point-penalty": [*ROWS["fad-point"], "--fad", "gradient_penalty=1.0"],
+    "fad-point-lecam": [*ROWS["fad-point"], "--fad", "lecam=0.3"],
+}
 UNTUNED = {"alone"}
 
 
@@ -123,12 +147,11 @@ class Study:
 
     def run(self, teacher: str, split: str, row: str, seed: int, weights: dict[str, float]) -> None:
         """One run, and its line."""
-        feature = [weight for part, weight in weights.items() if part != "kd"]
-        arguments = [*ROWS[row], "--no-baseline", "--teacher", teacher, "--seed", str(seed)]
-        if feature and row not in UNTUNED:
-            arguments += ["--weight", f"{feature[0]:g}"]
-        if "kd" in weights:
-            arguments += ["--kd-weight", f"{weights['kd']:g}"]
+        arguments = [*{**ROWS, **ABLATIONS}[row], "--no-baseline", "--teacher", teacher]
+        arguments += ["--seed", str(seed)]
+        if row not in UNTUNED:
+            given = [f"{method(part)}={weight:g}" for part, weight in weights.items()]
+            arguments += ["--weights", *given]
         arguments += ["--validate"] if split == "validation" else []
         label = "-".join(f"{weight:g}" for weight in weights.values())
         results = self.distill(f"{split}-{row}-{label}-{seed}", *arguments, jobs=self.options.jobs)
@@ -180,6 +203,13 @@ class Study:
                 future.result()
 
 
+def method(part: str) -> str:
+    """What distill.py calls a part of a row."""
+    if part == "fad-head":
+        return "head"
+    return "fad" if part.startswith("fad") else part
+
+
 def epochs(log: Path) -> list[dict[str, float]]:
     """What distill.py wrote about every epoch, to five digits."""
     records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
@@ -204,7 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
         add = commands.add_parser(name, help=explanation).add_argument
         add("setting", choices=SETTINGS)
         add("--data", default="synthetic", help="as for distill.py")
-        add("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+        add("--rows", nargs="+", choices=[*ROWS, *ABLATIONS], default=list(ROWS), metavar="ROW",
+            help=f"of {', '.join(ROWS)} (all of them), {', '.join(ABLATIONS)}")  # fmt: skip
         add("--jobs", type=int, default=1, help="runs side by side (1)")
         add("--epochs", type=int, help="of the students, instead of the setting's")
         add("--teacher-epochs", type=int, help="instead of the setting's")
