@@ -168,7 +168,8 @@ def test_a_real_data_setting_needs_its_data(capsys):
     assert "needs --data" in capsys.readouterr().err
 
 
-def test_gradients_are_compared_with_the_tasks(tmp_path):
+def test_gradients_are_compared_with_the_tasks(monkeypatch):
+    monkeypatch.setattr(gradients, "STEPS", 4)
     split = data.Clouds(torch.randn(512, 16, 3), torch.arange(512) % 3)
     teacher, student = networks.build("pointnet", 3, 0.2), networks.build("dgcnn", 3, 0.05)
     bench = gradients.Bench(student.eval(), teacher.eval(), split, 12)
@@ -190,5 +191,5 @@ def test_gradients_are_compared_with_the_tasks(tmp_path):
     assert [entry["discriminator"] for entry in found] == ["teacher", "paired"]
     for entry in found:
         # More points than there are: all of them.
-        assert entry["points"]["64"] == pytest.approx(1, abs=1e-5)
-        assert entry["points"]["16"] == pytest.approx(1, abs=1e-5)
+        assert entry["points"]["64"] == pytest.approx(1, abs=1e-3)
+        assert entry["points"]["16"] == pytest.approx(1, abs=1e-3)

@@ -34,6 +34,8 @@ from training import load_checkpoint  # noqa: E402
 
 DISCRIMINATORS = ("teacher", "paired", "match")
 POINTS = (16, 32, 64, 128)
+# What a term's own parameters are trained for before it is looked at.
+STEPS = 60
 
 
 def load(path: Path, classes: int) -> Network:
@@ -75,7 +77,7 @@ class Bench:
         if not list(term.parameters()):
             return term
         optimizer = torch.optim.Adam(term.parameters(), 3e-3)
-        for step in range(60):
+        for step in range(STEPS):
             points, labels, known = self.take(4 + step % 12)
             optimizer.zero_grad()
             term(points, labels, known)[0].backward(inputs=list(term.parameters()))
