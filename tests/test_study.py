@@ -67,8 +67,8 @@ def test_tuning_then_running_then_nothing_is_left(runs, capsys):
     chosen = ["--rows", "alone", "mse", "fad", "fad+kd"]
     assert study.main(["tune", "synthetic", *chosen]) == 0
     # The trials of each row that has a weight, and one more because the best was the smallest: in
-    # each round with one teacher, all on the validation split.
-    assert sum("--only" not in arguments for arguments in runs) == 2 * (len(study.WEIGHTS) + 1)
+    # each round with one teacher, all on the validation split; and the student alone, once.
+    assert sum("--only" not in arguments for arguments in runs) == 2 * (len(study.WEIGHTS) + 1) + 1
     assert all("--validate" in arguments for arguments in runs)
     runs.clear()
     assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
@@ -127,6 +127,17 @@ def test_the_report_lists_the_weights_and_the_gradients(runs):
     assert "| fad | 0.1: 69.0 (0.80), 0.3: 70.0 (0.80), 3: 56.5 (0.80)" in text
     table = (study.RESULTS / "gradients.md").read_text().splitlines()
     assert table[2:] == ["| fad | 2.0 % | +0.10 |", "| kd | 50.0 % | +0.10 |"]
+
+
+def test_an_ablation_takes_the_weight_of_what_it_changes(runs):
+    study.main(["tune", "synthetic", "--rows", "fad-point"])
+    runs.clear()
+    chosen = ["fad-point", "fad-point-lecam", "fad-paired", "fad-paired-raw", "fad-witness"]
+    study.main(["run", "synthetic", "--seeds", "0", "--rows", *chosen])
+    lines = tables.read(study.RESULTS, "synthetic", "test")
+    weights = {line["row"]: line["weights"][line["row"]] for line in lines}
+    # "fad" and "fad-paired" were not tuned.
+    assert weights == dict(zip(chosen, (0.3, 0.3, 1.0, 1.0, 1.0), strict=True))
 
 
 def test_a_row_with_several_weights_is_several_rows():

@@ -75,7 +75,8 @@ ROWS: dict[str, list[str]] = {
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
-# One thing changed of a row above; not part of the comparison unless asked for.
+# One thing changed of a row above, the longest one that the name begins with, whose weight it takes
+# unless it was tuned itself. Not part of the comparison unless asked for.
 ABLATIONS: dict[str, list[str]] = {
     "fad-paired-balanced": [*ROWS["fad-paired"], "--fad", "balance=True"],
     "fad-paired-raw": [*ROWS["fad-paired"], "--fad", "normalize=False"],
@@ -87,8 +88,12 @@ ABLATIONS: dict[str, list[str]] = {
         for curriculum in ("first", "fade")
     },
     **{
+        f"fad-paired-{name}": ["--loss", "fad", "--discriminator", name]
+        for name in ("narrow", "wide")
+    },
+    **{
         f"fad-{name}": ["--loss", "fad", "--discriminator", name]
-        for name in ("narrow", "wide", "witness", "embedded")
+        for name in ("witness", "embedded")
     },
     **{
         f"fad-point-{objective}": [*ROWS["fad-point"], "--objective", objective]
@@ -143,7 +148,14 @@ class Study:
     def weights(self, row: str) -> dict[str, float]:
         """The tuned weights of a row, by part; 1 for what was not tuned."""
         tuned = tables.tuned(tables.read(RESULTS, self.setting, "validation"))
-        return {part: tuned.get(part, 1.0) for part in row.split("+")}
+
+        def weight(part: str) -> float:
+            known = [name for name in tuned if part == name or part.startswith(f"{name}-")]
+            return (
+                tuned[max(known, key=len)] if known and part not in ROWS else tuned.get(part, 1.0)
+            )
+
+        return {part: weight(part) for part in row.split("+")}
 
     def run(self, teacher: str, split: str, row: str, seed: int, weights: dict[str, float]) -> None:
         """One run, and its line."""
@@ -252,7 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(options.setting, options)
     if options.command == "tune":
         single = [row for row in options.rows if "+" not in row and row not in UNTUNED]
-        study.all("validation", [(row, 0, {row: w}) for row in single for w in WEIGHTS])
+        untuned = [(row, 0, {row: 1.0}) for row in options.rows if row in UNTUNED]
+        tried = [(row, 0, {row: weight}) for row in single for weight in WEIGHTS]
+        study.all("validation", [*untuned, *tried])
         for _ in range(FURTHER):
             lines = tables.read(RESULTS, study.setting, "validation")
             edge = [(row, 0, {row: w}) for row, w in tables.at_the_edge(lines) if row in single]
