@@ -32,7 +32,7 @@ def runs(tmp_path, monkeypatch):
     def run(self, folder, *arguments, jobs=1):
         commands.append(arguments)
         options = distill.parse([*self.common, *arguments])
-        weight = options.weights[0][1] if options.weights else 1.0
+        weight = options.weights[-1][1] if options.weights else 1.0
         accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(weight - 0.3)
         accuracy += 0.01 * options.seed
         row = {
@@ -66,16 +66,16 @@ def test_every_row_is_a_command_of_the_example():
 def test_tuning_then_running_then_nothing_is_left(runs, capsys):
     chosen = ["--rows", "alone", "mse", "fad", "fad+kd"]
     assert study.main(["tune", "synthetic", *chosen]) == 0
-    # The trials of each row that has a weight, and one more because the best was the smallest: in
+    # The trials of each row that has weights, and one more because the best was the smallest: in
     # each round with one teacher, all on the validation split; and the student alone, once.
-    assert sum("--only" not in arguments for arguments in runs) == 2 * (len(study.WEIGHTS) + 1) + 1
+    assert sum("--only" not in arguments for arguments in runs) == 3 * (len(study.WEIGHTS) + 1) + 1
     assert all("--validate" in arguments for arguments in runs)
     runs.clear()
     assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
     assert len(runs) == 1 + 4 * 2
     assert not any("--validate" in arguments for arguments in runs)
     weights = {a[a.index("--weights") + 1 :] for a in runs if "--weights" in a}
-    assert weights == {("mse=0.3",), ("fad=0.3",), ("fad=0.3", "kd=1")}
+    assert weights == {("mse=0.3",), ("fad=0.3",), ("fad=0.3", "kd=0.3")}
     runs.clear()
     assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
     assert runs == []
@@ -124,7 +124,7 @@ def test_the_report_lists_the_weights_and_the_gradients(runs):
     study.main(["tune", "synthetic", "--rows", "fad"])
     study.main(["run", "synthetic", "--rows", "alone", "fad"])
     text = (study.RESULTS / "report.md").read_text()
-    assert "| fad | 0.1: 69.0 (0.80), 0.3: 70.0 (0.80), 3: 56.5 (0.80)" in text
+    assert "| fad | 0.1: 69.0 (0.80); 0.3: 70.0 (0.80); 3: 56.5 (0.80)" in text
     table = (study.RESULTS / "gradients.md").read_text().splitlines()
     assert table[2:] == ["| fad | 2.0 % | +0.10 |", "| kd | 50.0 % | +0.10 |"]
 
@@ -156,21 +156,37 @@ def test_a_row_with_several_weights_is_several_rows():
 
 def test_the_smaller_of_equally_good_weights_is_taken():
     lines = [
-        {"weights": {"fad": w}, "accuracy": a} for w, a in ((0.1, 0.5), (3.0, 0.6), (0.3, 0.6))
+        {"row": "fad", "weights": {"fad": w}, "accuracy": a}
+        for w, a in ((0.1, 0.5), (3.0, 0.6), (0.3, 0.6))
     ]
-    assert tables.tuned(lines) == {"fad": 0.3}
+    assert tables.tuned(lines) == {"fad": {"fad": 0.3}}
 
 
 def test_weights_beyond_the_best_are_tried_while_it_is_at_the_edge():
     def lines(**best):
         return [
-            {"weights": {row: w}, "accuracy": 0.5 + 0.1 * (w == b)}
+            {"row": row, "weights": {row: w}, "accuracy": 0.5 + 0.1 * (w == b)}
             for row, b in best.items()
             for w in (0.3, 1.0, 3.0, 10.0)
         ]
 
-    found = tables.at_the_edge(lines(low=0.3, inside=1.0, high=10.0))
-    assert found == [("low", 0.1), ("high", 30.0)]
+    both = [
+        {"row": "mse+kd", "weights": {"mse": 3.0, "kd": w}, "accuracy": 1 - w} for w in (0.3, 1.0)
+    ]
+    found = tables.at_the_edge([*lines(low=0.3, inside=1.0, high=10.0), *both])
+    wanted = {"low": {"low": 0.1}, "high": {"high": 30.0}, "mse+kd": {"mse": 3.0, "kd": 0.1}}
+    assert dict(found) == wanted
+
+
+def test_a_combination_takes_the_weights_of_its_longest_beginning(monkeypatch):
+    best = {"fad": {"fad": 10.0}, "kd": {"kd": 3.0}, "fad+mse": {"fad": 10.0, "mse": 30.0}}
+    monkeypatch.setattr(tables, "tuned", lambda _: {row: dict(w) for row, w in best.items()})
+    weights = study.Study.weights
+    unused = type("Any", (), {"setting": "synthetic"})()
+    unused.weights = lambda row: weights(unused, row)
+    assert unused.weights("fad+kd") == {"fad": 10.0, "kd": 3.0}
+    assert unused.weights("fad+mse+kd") == {"fad": 10.0, "mse": 30.0, "kd": 3.0}
+    assert unused.weights("sp+kd") == {"sp": 1.0, "kd": 3.0}
 
 
 def test_a_real_data_setting_needs_its_data(capsys):

@@ -10,8 +10,8 @@ Every row is a command of `distill.py`, which is kept with its result: one JSON 
 command can be given until all is done. The teacher is trained once per setting (once more without
 the validation clouds for `tune`). Every method gets the same epochs, and its weight by the same
 rule: the best of `WEIGHTS`, or of the next ones while the best is the first or the last, judged on
-a tenth of the training clouds and never on the test clouds. A combination takes the weights of its
-parts.
+a tenth of the training clouds and never on the test clouds. Of a combination, the last part is
+tuned so beside the others; one that was not tuned takes the weights of its parts.
 """
 
 from __future__ import annotations
@@ -146,16 +146,22 @@ class Study:
         return str(results["rows"][0]["checkpoint"])
 
     def weights(self, row: str) -> dict[str, float]:
-        """The tuned weights of a row, by part; 1 for what was not tuned."""
+        """The tuned weights of a row, by part; 1 for what was not tuned.
+
+        Of a combination that was not, those of its longest beginning that was, and of the others.
+        """
         tuned = tables.tuned(tables.read(RESULTS, self.setting, "validation"))
-
-        def weight(part: str) -> float:
-            known = [name for name in tuned if part == name or part.startswith(f"{name}-")]
-            return (
-                tuned[max(known, key=len)] if known and part not in ROWS else tuned.get(part, 1.0)
-            )
-
-        return {part: weight(part) for part in row.split("+")}
+        parts = row.split("+")
+        for count in range(len(parts), 0, -1):
+            found = tuned.get("+".join(parts[:count]))
+            if found:
+                break
+        else:
+            first = parts[0]
+            changed = [name for name in tuned if first not in ROWS and first.startswith(f"{name}-")]
+            found = {first: tuned[max(changed, key=len)].popitem()[1] if changed else 1.0}
+        rest = "+".join(parts[count:])
+        return {**found, **self.weights(rest)} if rest else found
 
     def run(self, teacher: str, split: str, row: str, seed: int, weights: dict[str, float]) -> None:
         """One run, and its line."""
@@ -194,6 +200,19 @@ class Study:
         with tables.path(RESULTS, self.setting, split).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{split} {row} seed {seed} {weights}: {100 * line['accuracy']:.2f} %", flush=True)
+
+    def tune(self, rows: list[str]) -> None:
+        """Find the weights of some rows; of combinations, that of the last part."""
+        tried = []
+        for row in rows:
+            others, _, last = row.rpartition("+")
+            before = self.weights(others) if others else {}
+            tried += [(row, 0, {**before, last: weight}) for weight in WEIGHTS]
+        self.all("validation", tried)
+        for _ in range(FURTHER):
+            lines = tables.read(RESULTS, self.setting, "validation")
+            edge = [(row, 0, next_ones) for row, next_ones in tables.at_the_edge(lines)]
+            self.all("validation", [trial for trial in edge if trial[0] in rows])
 
     def all(self, split: str, todo: Iterable[tuple[str, int, dict[str, float]]]) -> None:
         """Run what is not there yet, some side by side."""
@@ -263,14 +282,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{options.setting}: needs --data, ModelNet40 as distill.py reads it")
     study = Study(options.setting, options)
     if options.command == "tune":
-        single = [row for row in options.rows if "+" not in row and row not in UNTUNED]
         untuned = [(row, 0, {row: 1.0}) for row in options.rows if row in UNTUNED]
-        tried = [(row, 0, {row: weight}) for row in single for weight in WEIGHTS]
-        study.all("validation", [*untuned, *tried])
-        for _ in range(FURTHER):
-            lines = tables.read(RESULTS, study.setting, "validation")
-            edge = [(row, 0, {row: w}) for row, w in tables.at_the_edge(lines) if row in single]
-            study.all("validation", edge)
+        study.all("validation", untuned)
+        for size in sorted({row.count("+") for row in options.rows}):
+            chosen = [row for row in options.rows if row.count("+") == size and row not in UNTUNED]
+            study.tune(chosen)
     else:
         weights = {row: study.weights(row) for row in options.rows}
         study.all("test", [(row, s, weights[row]) for s in options.seeds for row in options.rows])

@@ -30,28 +30,26 @@ def read(results: Path, setting: str, split: str) -> list[Line]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
 
 
-def tuned(lines: list[Line]) -> dict[str, float]:
-    """The best weight of every row; the smaller one of equals."""
-    best: dict[str, tuple[float, float]] = {}
-    for line in lines:
-        ((row, weight),) = line["weights"].items()
-        best[row] = max(best.get(row, (-1.0, 0.0)), (line["accuracy"], -weight))
-    return {row: -weight for row, (_, weight) in best.items()}
+def tuned(lines: list[Line]) -> dict[str, dict[str, float]]:
+    """The best weights of every row; the smaller ones of equals."""
+    ranked = sorted(lines, key=lambda line: (line["accuracy"], -sum(line["weights"].values())))
+    return {line["row"]: line["weights"] for line in ranked}
 
 
-def at_the_edge(lines: list[Line]) -> list[tuple[str, float]]:
-    """For every row whose best weight is the largest or the smallest tried, the next one to try."""
-    tried: dict[str, list[float]] = defaultdict(list)
-    for line in lines:
-        ((row, weight),) = line["weights"].items()
-        tried[row].append(weight)
+def at_the_edge(lines: list[Line]) -> list[tuple[str, dict[str, float]]]:
+    """For every row whose best weight is the largest or the smallest tried, the next ones to try.
+
+    Of a combination, the last weight is the one that is tried.
+    """
     following = []
     for row, best in tuned(lines).items():
-        place = LADDER.index(best)
-        if best == max(tried[row]):
-            following.append((row, LADDER[place + 1]))
-        elif best == min(tried[row]):
-            following.append((row, LADDER[place - 1]))
+        part = list(best)[-1]
+        tried = [line["weights"][part] for line in lines if line["row"] == row]
+        place = LADDER.index(best[part])
+        if best[part] == max(tried):
+            following.append((row, {**best, part: LADDER[place + 1]}))
+        elif best[part] == min(tried):
+            following.append((row, {**best, part: LADDER[place - 1]}))
     return following
 
 
@@ -60,16 +58,20 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def label(line: Line) -> str:
+    """The weights of a line."""
+    return ", ".join(f"{weight:g}" for weight in line["weights"].values())
+
+
 def grouped(lines: list[Line]) -> dict[str, list[Line]]:
     """The lines of every row, the best row first; a row with several weights is several."""
     given: dict[str, set[str]] = defaultdict(set)
-    labels = [", ".join(f"{w:g}" for w in line["weights"].values()) for line in lines]
-    for line, label in zip(lines, labels, strict=True):
-        given[line["row"]].add(label)
+    for line in lines:
+        given[line["row"]].add(label(line))
     rows: dict[str, list[Line]] = defaultdict(list)
-    for line, label in zip(lines, labels, strict=True):
+    for line in lines:
         row = line["row"]
-        rows[row if len(given[row]) == 1 else f"{row} at {label}"].append(line)
+        rows[row if len(given[row]) == 1 else f"{row} at {label(line)}"].append(line)
     ranked = sorted(rows, key=lambda r: -statistics.fmean(x["accuracy"] for x in rows[r]))
     return {row: rows[row] for row in ranked}
 
@@ -145,9 +147,7 @@ def table(setting: str, lines: list[Line]) -> list[str]:
             statistics.fmean(line[name] for line in found)
             for name in ("information_lost", "cka", "seconds")
         )
-        weights = (
-            "" if row == "alone" else ", ".join(f"{w:g}" for w in found[0]["weights"].values())
-        )
+        weights = "" if row == "alone" else label(found[0])
         text.append(
             f"| {row} | {100 * mean:.2f} ± {100 * deviation:.2f} | {len(found)} | {gap} | "
             f"{100 * corrupted:.2f} | {100 * lost:.1f} % | {cka:.3f} | {seconds:.0f} | {weights} |"
@@ -170,11 +170,11 @@ def weights(lines: list[Line]) -> list[str]:
         by_row[line["row"]].append(line)
     for row, found in by_row.items():
         tried = []
-        for line in sorted(found, key=lambda line: line["weights"][row]):
+        for line in sorted(found, key=lambda line: tuple(line["weights"].values())):
             last = line["epochs"][-1].get("fad_accuracy")
             told = "" if last is None else f" ({last:.2f})"
-            tried.append(f"{line['weights'][row]:g}: {100 * line['accuracy']:.1f}{told}")
-        text.append(f"| {row} | {', '.join(tried)} |")
+            tried.append(f"{label(line)}: {100 * line['accuracy']:.1f}{told}")
+        text.append(f"| {row} | {'; '.join(tried)} |")
     return [*text, ""]
 
 
