@@ -178,6 +178,17 @@ def test_weights_beyond_the_best_are_tried_while_it_is_at_the_edge():
     assert dict(found) == wanted
 
 
+def test_trials_of_several_seeds_count_by_their_mean(runs):
+    study.RESULTS.mkdir()
+    chosen = ["--rows", "fad", "--split", "validation", "--seeds", "0", "2"]
+    assert study.main(["run", "synthetic", *chosen]) == 0
+    assert all("--validate" in arguments for arguments in runs)
+    lines = tables.read(study.RESULTS, "synthetic", "validation")
+    assert "| fad | 1: 67.5 ×2 (0.80) |" in "\n".join(tables.weights(lines))
+    better = {**lines[0], "weights": {"fad": 3.0}, "accuracy": 0.67}
+    assert tables.tuned([*lines, better]) == {"fad": {"fad": 1.0}}
+
+
 def test_a_combination_takes_the_weights_of_its_longest_beginning(monkeypatch):
     best = {"fad": {"fad": 10.0}, "kd": {"kd": 3.0}, "fad+mse": {"fad": 10.0, "mse": 30.0}}
     monkeypatch.setattr(tables, "tuned", lambda _: {row: dict(w) for row, w in best.items()})

@@ -274,6 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         add("--runs", type=Path, default=Path("runs/study"), help="checkpoints (runs/study)")
         if name == "run":
             add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+            add("--split", choices=["test", "validation"], default="test", help="to score on")
     commands.add_parser("report", help="tables and plots from all results")
     options = parser.parse_args(arguments)
     if options.command == "report":
@@ -284,12 +285,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "tune":
         untuned = [(row, 0, {row: 1.0}) for row in options.rows if row in UNTUNED]
         study.all("validation", untuned)
-        for size in sorted({row.count("+") for row in options.rows}):
-            chosen = [row for row in options.rows if row.count("+") == size and row not in UNTUNED]
-            study.tune(chosen)
+        rows = [row for row in options.rows if row not in UNTUNED]
+        for size in sorted({row.count("+") for row in rows}):
+            study.tune([row for row in rows if row.count("+") == size])
     else:
         weights = {row: study.weights(row) for row in options.rows}
-        study.all("test", [(row, s, weights[row]) for s in options.seeds for row in options.rows])
+        study.all(
+            options.split, [(row, s, weights[row]) for s in options.seeds for row in options.rows]
+        )
     return tables.write(RESULTS)
 
 

@@ -31,9 +31,22 @@ def read(results: Path, setting: str, split: str) -> list[Line]:
 
 
 def tuned(lines: list[Line]) -> dict[str, dict[str, float]]:
-    """The best weights of every row; the smaller ones of equals."""
-    ranked = sorted(lines, key=lambda line: (line["accuracy"], -sum(line["weights"].values())))
-    return {line["row"]: line["weights"] for line in ranked}
+    """The best weights of every row, in the mean over seeds; the smaller ones of equals."""
+    best: dict[str, tuple[float, float, dict[str, float]]] = {}
+    for (row, _), found in trials(lines).items():
+        weights = found[0]["weights"]
+        accuracy = statistics.fmean(line["accuracy"] for line in found)
+        candidate = (accuracy, -sum(weights.values()), weights)
+        best[row] = max(best.get(row, candidate), candidate, key=lambda item: item[:2])
+    return {row: weights for row, (_, _, weights) in best.items()}
+
+
+def trials(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
+    """The lines of every row and weights: its seeds."""
+    found: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        found[line["row"], label(line)].append(line)
+    return found
 
 
 def at_the_edge(lines: list[Line]) -> list[tuple[str, dict[str, float]]]:
@@ -158,24 +171,26 @@ def table(setting: str, lines: list[Line]) -> list[str]:
 def weights(lines: list[Line]) -> list[str]:
     """What every weight gave on the validation split, as Markdown."""
     text = [
-        f"Weights tried, one seed each, {schedule(lines[0])}: accuracy on the validation",
-        "split in % (and the share of the scores that were on the right side in the last epoch,",
-        "where there is a discriminator).",
+        f"Weights tried, {schedule(lines[0])}: accuracy on the validation split in %, of one seed",
+        "(×2: the mean of two); in brackets the share of the scores that were on the right side in",
+        "the last epoch, where there is a discriminator.",
         "",
         "| loss | weight: accuracy |",
         "| --- | --- |",
     ]
-    by_row: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
-        by_row[line["row"]].append(line)
-    for row, found in by_row.items():
-        tried = []
-        for line in sorted(found, key=lambda line: tuple(line["weights"].values())):
-            last = line["epochs"][-1].get("fad_accuracy")
-            told = "" if last is None else f" ({last:.2f})"
-            tried.append(f"{label(line)}: {100 * line['accuracy']:.1f}{told}")
-        text.append(f"| {row} | {'; '.join(tried)} |")
+    by_row: dict[str, list[str]] = {line["row"]: [] for line in lines}
+    for (row, given), found in sorted(trials(lines).items(), key=_order):
+        mean, _ = spread([line["accuracy"] for line in found])
+        shown = f"{given}: {100 * mean:.1f}" + (f" ×{len(found)}" if len(found) > 1 else "")
+        last = [line["epochs"][-1].get("fad_accuracy") for line in found]
+        told = "" if None in last else f" ({statistics.fmean(last):.2f})"
+        by_row[row].append(shown + told)
+    text += [f"| {row} | {'; '.join(tried)} |" for row, tried in by_row.items()]
     return [*text, ""]
+
+
+def _order(trial: tuple[tuple[str, str], list[Line]]) -> tuple[float, ...]:
+    return tuple(trial[1][0]["weights"].values())
 
 
 def gradients(results: Path) -> None:
