@@ -115,6 +115,12 @@ def test_a_loss_that_is_not_ahead_is_said_not_to_be():
     # A row of a single seed claims nothing.
     lucky = {**rows, "fad-paired": [line("fad-paired", 0.9, 0)]}
     assert tables.verdicts(lucky) == [verdict]
+    # Two discriminators are FAD still; with a loss of another kind they are not.
+    many = {**rows}
+    for name, accuracy in (("fad+fad-head", 0.8), ("fad+mse", 0.9)):
+        many[name] = [line(name, accuracy, seed) for seed in range(3)]
+    (verdict,) = tables.verdicts(many)
+    assert "yes. fad+fad-head minus mse: +9.50 points" in verdict
 
 
 def test_the_report_lists_the_weights_and_the_gradients(runs):
