@@ -72,6 +72,7 @@ ROWS: dict[str, list[str]] = {
     "fad+kd": ["--loss", "fad+kd", "--discriminator", "teacher"],
     "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
+    "fitnet+fad-head": ["--loss", "fitnet+head"],
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
