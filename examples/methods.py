@@ -340,7 +340,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 }
 # The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
 # knows its own.
-WEIGHTS = {"kd": 3.0, "fitnet": 3.0, "crd": 0.3}
+WEIGHTS = {"head": 3.0, "kd": 3.0, "fitnet": 3.0, "crd": 0.3}
 # Variants that have no name in the library; called with the teacher's channels.
 DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "witness": lambda _: TeacherDiscriminator(mode="witness"),

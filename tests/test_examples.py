@@ -219,7 +219,7 @@ def test_variants_teach_too(discriminator):
 
 def test_the_teachers_last_layer_judges_the_students_penultimate_features():
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("dgcnn", 3, 0.1)
-    objective = methods.Distilled(student.eval(), teacher, "head").eval()
+    objective = methods.Distilled(student.eval(), teacher, "head", weights={"head": 1.0}).eval()
     points, labels = torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])
     known = methods.teach(teacher, points)
     torch.testing.assert_close(teacher.classifier[-1](known.penultimate), known.logits)

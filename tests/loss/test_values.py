@@ -11,6 +11,7 @@ from torch import nn
 
 from fad_loss import (
     FeatureAdversarialLoss,
+    HeadDiscriminator,
     MatchDiscriminator,
     PointDiscriminator,
     TeacherDiscriminator,
@@ -19,7 +20,7 @@ from fad_loss import (
 from fad_loss.objectives import Hinge, LeastSquares, Relativistic
 from fad_loss.penalties import lecam, r1, r2
 
-from .cases import STUDENT, TEACHER, clouds, features, make
+from .cases import CLASSES, STUDENT, TEACHER, clouds, features, make
 
 
 def adapted(fad, student):
@@ -299,3 +300,9 @@ def test_without_a_weight_the_discriminators_own_is_taken(discriminator, expecte
     assert weight(weight=0.0) == 0.0
     assert weight(weight=2) == 2.0
     assert weight(balance=True) == 1.0
+
+
+def test_the_weight_of_a_head_is_its_own():
+    judge = HeadDiscriminator(torch.nn.Linear(TEACHER, CLASSES), pool=None)
+    fad = FeatureAdversarialLoss(STUDENT, TEACHER, discriminator=judge, normalize=False)
+    assert fad.weight == HeadDiscriminator.default_weight > 1
