@@ -74,6 +74,7 @@ ROWS: dict[str, list[str]] = {
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
     "fitnet+fad-head": ["--loss", "fitnet+head"],
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
+    "fitnet+fad-head+kd": ["--loss", "fitnet+head+kd"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
 # One thing changed of a row above, the longest one that the name begins with, whose weight it takes

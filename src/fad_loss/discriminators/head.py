@@ -68,6 +68,9 @@ class HeadDiscriminator(nn.Module):
         ValueError: unknown options, a head that returns something other than one row of logits per
             feature, a reference or labels that are missing or do not fit.
 
+    Source: ours. Chen et al., "Knowledge distillation with the reused teacher classifier", CVPR
+    2022, give the student the teacher's classifier for good; here it judges in training only.
+
     Example:
         >>> classifier = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
         >>> discriminator = HeadDiscriminator(classifier)
