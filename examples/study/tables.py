@@ -106,7 +106,7 @@ def verdicts(rows: dict[str, list[Line]]) -> list[str]:
         figures = f"{100 * difference:+.2f} points, standard error {100 * error:.2f}"
         return [f"- {claim}: {outcome}. {first} minus {second}: {figures}."]
 
-    adversarial = {row for row in rows if row.startswith("fad")}
+    adversarial = {row for row in rows if "fad" in row}
     result = compare(
         "FAD + KD ahead of every row without FAD",
         {row for row in adversarial if "+kd" in row},
