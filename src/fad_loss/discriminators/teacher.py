@@ -89,7 +89,8 @@ class TeacherDiscriminator(nn.Module):
     default_weight: float
     """From the tables of weights in ``examples/study/results/report.md``: 100 with
     ``condition="point"``, where 30 to 300 did not differ by more than the noise; 10 for other
-    log-ratios; 1 for "witness", which was not measured."""
+    log-ratios, whose best was 10 at the lower of two learning rates and 300 at the higher; 1 for
+    "witness", which was not measured."""
 
     quadratic: ClassVar[bool] = True
     """Its cost grows with the square of the number of points; the loss may draw some of them."""
