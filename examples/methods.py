@@ -219,15 +219,8 @@ class Matched(nn.Module):
         raise NotImplementedError
 
 
-class PooledError(Matched):
-    """Squared error of the global (max-pooled) features."""
-
-    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.mse_loss(student, teacher)
-
-
-class PointError(Matched):
-    """FitNet (Romero et al., 2015): squared error of every point's features."""
+class SquaredError(Matched):
+    """FitNet (Romero et al., 2015): squared error of the features."""
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.mse_loss(student, teacher)
@@ -331,8 +324,9 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "head": Judged,
     "kd": KnowledgeDistillation,
     "logit": LogitDiscriminator,
-    "mse": PooledError,
-    "fitnet": PointError,
+    "mse": SquaredError,
+    "fitnet": SquaredError,
+    "fitnet-last": SquaredError,
     "sp": SimilarityPreserving,
     "rkd": Relational,
     "crd": Contrastive,
@@ -345,19 +339,21 @@ WEIGHTS = {"head": 3.0, "kd": 3.0, "fitnet": 3.0, "crd": 0.3}
 DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "witness": lambda _: TeacherDiscriminator(mode="witness"),
     "embedded": lambda channels: TeacherDiscriminator(embedding=32, channels=channels),
+    "sharp": lambda _: TeacherDiscriminator(bandwidths=[0.1]),
+    "sharper": lambda _: TeacherDiscriminator(bandwidths=[0.03]),
     "narrow": lambda _: TeacherDiscriminator(condition="point", bandwidths=[0.3]),
     "wide": lambda _: TeacherDiscriminator(condition="point", bandwidths=[3.0]),
 }
 # What they are called with, if not the features of points.
 COMPARED = {
-    "kd": "logits", "logit": "logits", "head": "penultimate",
+    "kd": "logits", "logit": "logits", "head": "penultimate", "fitnet-last": "penultimate",
     "mse": "pooled", "sp": "pooled", "rkd": "pooled", "crd": "pooled",
 }  # fmt: skip
 TITLES = {
     "none": "alone", "fad": "FAD", "head": "the teacher's last layer", "kd": "KD",
-    "logit": "logit discriminator", "mse": "MSE", "fitnet": "FitNet", "sp": "SP",
-    "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer", "energy": "energy distance",
-    "mmd": "MMD", "sinkhorn": "Sinkhorn",
+    "logit": "logit discriminator", "mse": "MSE", "fitnet": "FitNet",
+    "fitnet-last": "FitNet on penultimate features", "sp": "SP", "rkd": "RKD", "crd": "CRD",
+    "chamfer": "Chamfer", "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ ROWS: dict[str, list[str]] = {
     **{
         name: ["--loss", name]
         for name in (
-            "kd", "logit", "mse", "fitnet", "sp", "rkd", "crd",
+            "kd", "logit", "mse", "fitnet", "fitnet-last", "sp", "rkd", "crd",
             "chamfer", "energy", "mmd", "sinkhorn",
         )
     },
@@ -67,12 +67,14 @@ ROWS: dict[str, list[str]] = {
         for name in ("paired", "point", "neighborhood", "cloud", "match")
     },
     "fad-head": ["--loss", "head"],
+    "fitnet+fitnet-last": ["--loss", "fitnet+fitnet-last"],
     "fitnet+kd": ["--loss", "fitnet+kd"],
     "crd+kd": ["--loss", "crd+kd"],
     "fad+kd": ["--loss", "fad+kd", "--discriminator", "teacher"],
     "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
     "fitnet+fad-head": ["--loss", "fitnet+head"],
+    "fad-sharp+fad-head": ["--loss", "fad+head", "--discriminator", "sharp"],
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
     "fitnet+fad-head+kd": ["--loss", "fitnet+head+kd"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
@@ -95,7 +97,7 @@ ABLATIONS: dict[str, list[str]] = {
     },
     **{
         f"fad-{name}": ["--loss", "fad", "--discriminator", name]
-        for name in ("witness", "embedded")
+        for name in ("sharp", "sharper", "witness", "embedded")
     },
     **{
         f"fad-point-{objective}": [*ROWS["fad-point"], "--objective", objective]

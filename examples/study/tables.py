@@ -106,19 +106,19 @@ def verdicts(rows: dict[str, list[Line]]) -> list[str]:
         figures = f"{100 * difference:+.2f} points, standard error {100 * error:.2f}"
         return [f"- {claim}: {outcome}. {first} minus {second}: {figures}."]
 
+    parts = {row: row.split(" at ")[0].split("+") for row in rows}
     adversarial = {row for row in rows if "fad" in row}
-    result = compare(
-        "FAD + KD ahead of every row without FAD",
-        {row for row in adversarial if "+kd" in row},
-        rows.keys() - adversarial,
-    )
-    features = {row for row in rows if "+" not in row and row not in {"alone", "kd", "logit"}}
-    parts = {row: row.split(" at ")[0].split("+") for row in adversarial}
-    # Several discriminators are FAD still.
-    own = {row for row in adversarial if all(part.startswith("fad") for part in parts[row])}
-    claim = "FAD ahead of every other single feature loss"
-    result += compare(claim, own, features - adversarial)
-    combined = {row for row in adversarial & rows.keys() if "+kd" in row}
+    combined = {row for row in adversarial if "kd" in parts[row]}
+    result = compare("FAD + KD ahead of every row without FAD", combined, rows.keys() - adversarial)
+    features = {row for row in rows if not {"alone", "kd", "logit"} & {*parts[row]}}
+    # Two discriminators are FAD still, as two layers are FitNet.
+    own = {row for row in features if all(part.startswith("fad") for part in parts[row])}
+    single = {row for row in features if len(parts[row]) == 1}
+    for claim, group in (
+        ("FAD ahead of every other single feature loss, on one layer each", single),
+        ("FAD ahead of every other feature loss, on as many layers", features),
+    ):
+        result += compare(claim, own & group, group - adversarial)
     teacher = next(iter(rows.values()))[0]["teacher_accuracy"] if rows else 0.0
     if combined and "alone" in rows and teacher > means["alone"][0]:
         best = max(combined, key=lambda row: means[row][0])
