@@ -132,3 +132,36 @@ def cloud_mean(x: Tensor) -> Tensor:
     if x.dim() == 1:
         return x
     return x.sum(1) / max(x.shape[1], 1)
+
+
+def flat(t: Tensor) -> Tensor:
+    """All points of all clouds: `(points, C)`, or `(points,)` for scores."""
+    if is_ragged(t):
+        return pack(t)[0]
+    return t.flatten(0, 1) if t.dim() > 1 else t
+
+
+def concatenate(a: Tensor, b: Tensor) -> Tensor:
+    """The clouds of both, one batch after the other."""
+    if not is_ragged(a):
+        return torch.cat([a, b])
+    (a_values, a_offsets), (b_values, b_offsets) = pack(a), pack(b)
+    offsets = torch.cat([a_offsets, b_offsets[1:] + a_offsets[-1]])
+    shortest = [t._maybe_min_seqlen for t in (a, b)]  # type: ignore[attr-defined]
+    longest = [t._maybe_max_seqlen for t in (a, b)]  # type: ignore[attr-defined]
+    return wrap(
+        torch.cat([a_values, b_values]),
+        offsets,
+        None if None in shortest else min(shortest),
+        None if None in longest else max(longest),
+    )
+
+
+def split(scores: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `concatenate` on scores."""
+    if not is_ragged(scores):
+        first, second = torch.split(scores, [a.shape[0], b.shape[0]])
+        return first, second
+    values, _ = pack(scores)
+    first, second = torch.split(values, [pack(a)[0].shape[0], pack(b)[0].shape[0]])
+    return unpack(first, a), unpack(second, b)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parameter import is_lazy
 
 from fad_loss._checks import check_finite, choose, count_non_finite, describe
-from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise, unpack, wrap
+from fad_loss._ragged import cloud_mean, concatenate, flat, is_ragged, pack, pointwise, split
+from fad_loss._trained import converted, fingerprints, untrained
 from fad_loss.balance import GradientBalance
 from fad_loss.discriminators import (
     CloudDiscriminator,
@@ -204,7 +204,7 @@ class FeatureAdversarialLoss(nn.Module):
         self.register_buffer("average_scores", torch.zeros(2))
         self.register_buffer("_logged", torch.zeros(len(_STATISTICS)), persistent=False)
         self._since_penalty = 0
-        self._made_with = self._fingerprints()
+        self._made_with = fingerprints(self)
         self.register_load_state_dict_post_hook(_remember_parameters)  # type: ignore[no-untyped-call]
 
     steps: Tensor
@@ -267,8 +267,8 @@ class FeatureAdversarialLoss(nn.Module):
         ``fad.parameters()`` into the optimizer.
         """
         values = dict(zip(_STATISTICS, self._logged.clone().unbind(), strict=True))
-        untrained = self._untrained().values()
-        values["untrained_parameters"] = sum(untrained, torch.zeros_like(self.steps))
+        still = untrained(self, self._made_with).values()
+        values["untrained_parameters"] = sum(still, torch.zeros_like(self.steps))
         return values
 
     # --------------------------------------------------------------------------- the two terms
@@ -328,7 +328,7 @@ class FeatureAdversarialLoss(nn.Module):
         with torch.no_grad():
             means = torch.stack([cloud_mean(s).mean() for s in (real_scores, fake_scores)])
             middle = means.mean()
-            right = torch.cat([_flat(real_scores) > middle, _flat(fake_scores) < middle])
+            right = torch.cat([flat(real_scores) > middle, flat(fake_scores) < middle])
         self._log(
             discriminator_loss=loss,
             real_score=means[0],
@@ -369,10 +369,10 @@ class FeatureAdversarialLoss(nn.Module):
         together = is_ragged(real) or (real.shape == fake.shape)
         apart = "student" in self._keywords or getattr(self.discriminator, "compares_clouds", False)
         if together and not apart:
-            both, twice = _concatenate(real, fake), _concatenate(real, real)
-            labels = None if labels is None else _concatenate(labels, labels)
+            both, twice = concatenate(real, fake), concatenate(real, real)
+            labels = None if labels is None else concatenate(labels, labels)
             scores, penalty = scored(both, twice, labels, None)
-            real_scores, fake_scores = _split(scores, real, fake)
+            real_scores, fake_scores = split(scores, real, fake)
             return real_scores, fake_scores, None if penalty is None else 2 * penalty
         real_scores, r1 = scored(real, real, labels, fake)
         fake_scores, r2 = scored(fake, real, labels, None)
@@ -443,7 +443,7 @@ class FeatureAdversarialLoss(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)
         fake, real = fake.to(dtype), real.to(dtype)
         with torch.no_grad():
-            bad = count_non_finite(_flat(fake)) + count_non_finite(_flat(real))
+            bad = count_non_finite(flat(fake)) + count_non_finite(flat(real))
             self._log(non_finite=bad)
         kind = self._discriminator_dtype(dtype)
         if not self.normalize:
@@ -522,7 +522,7 @@ class FeatureAdversarialLoss(nn.Module):
             )
             raise ValueError(message)
         for name, t in (("student", fake), ("teacher", real)):
-            check_finite(name, _flat(t))
+            check_finite(name, flat(t))
 
     def _draw(self, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """At most `max_points` points of each cloud, a new random choice at every step.
@@ -554,7 +554,7 @@ class FeatureAdversarialLoss(nn.Module):
     @torch.no_grad()
     def _observe(self, real: Tensor) -> None:
         """Follow the mean and variance of the teacher's channels; exactly the mean at first."""
-        values = _flat(real).to(self.teacher_mean.dtype)
+        values = flat(real).to(self.teacher_mean.dtype)
         # torch.var_mean takes several times as long on a CPU.
         mean = values.mean(0)
         variance = (values - mean).square_().mean(0)
@@ -605,33 +605,11 @@ class FeatureAdversarialLoss(nn.Module):
         for name, value in values.items():
             self._logged[_STATISTICS.index(name)] = value.detach().to(self._logged.dtype)
 
-    def _fingerprints(self) -> dict[str, Tensor]:
-        """A number for each trainable parameter, which changes when it is trained."""
-        return {
-            name: _fingerprint(p)
-            for name, p in self.named_parameters()
-            if p.requires_grad and not is_lazy(p)
-        }
-
-    def _untrained(self) -> dict[str, Tensor]:
-        """Whether the trainable parameters hold the values that they were made or loaded with."""
-        return {
-            name: now == self._made_with[name].to(now.device)
-            for name, now in self._fingerprints().items()
-            if name in self._made_with
-        }
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert or move; what was not trained before still is not, even if it was rounded."""
-        untrained = self._untrained()
+        before = untrained(self, self._made_with)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, now in self._fingerprints().items():
-            before = untrained.get(name)
-            if before is None or before.is_meta or now.is_meta:
-                self._made_with[name] = now
-            else:
-                before, made = (t.to(now.device) for t in (before, self._made_with[name]))
-                self._made_with[name] = torch.where(before, now, made)
+        self._made_with = converted(self, self._made_with, before)
         return self
 
     def get_extra_state(self) -> dict[str, int]:
@@ -647,17 +625,9 @@ class FeatureAdversarialLoss(nn.Module):
         return f"objective={self.objective}, weight={self.weight}, layout={self.layout!r}"
 
 
-@torch.no_grad()
-def _fingerprint(parameter: Tensor) -> Tensor:
-    # Of the bits, weighted by position, modulo 2^64: the same in any order, so on any device.
-    bits = parameter.detach().double().flatten().view(torch.int64)
-    odd = torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device)
-    return (bits * odd).sum()
-
-
 def _remember_parameters(loss: FeatureAdversarialLoss, _: object) -> None:
     """After loading, trained means different from what was loaded."""
-    loss._made_with = loss._fingerprints()
+    loss._made_with = fingerprints(loss)
 
 
 def _count(name: str, value: object, least: int) -> int:
@@ -719,36 +689,3 @@ def _first(points: Tensor, keys: Tensor, count: int) -> Tensor:
         return points
     chosen = keys.topk(count, dim=1, sorted=False).indices.unsqueeze(-1)
     return points.gather(1, chosen.expand(-1, -1, points.shape[-1]))
-
-
-def _flat(t: Tensor) -> Tensor:
-    """All points of all clouds: `(points, C)`, or `(points,)` for scores."""
-    if is_ragged(t):
-        return pack(t)[0]
-    return t.flatten(0, 1) if t.dim() > 1 else t
-
-
-def _concatenate(a: Tensor, b: Tensor) -> Tensor:
-    """The clouds of both, one batch after the other."""
-    if not is_ragged(a):
-        return torch.cat([a, b])
-    (a_values, a_offsets), (b_values, b_offsets) = pack(a), pack(b)
-    offsets = torch.cat([a_offsets, b_offsets[1:] + a_offsets[-1]])
-    shortest = [t._maybe_min_seqlen for t in (a, b)]  # type: ignore[attr-defined]
-    longest = [t._maybe_max_seqlen for t in (a, b)]  # type: ignore[attr-defined]
-    return wrap(
-        torch.cat([a_values, b_values]),
-        offsets,
-        None if None in shortest else min(shortest),
-        None if None in longest else max(longest),
-    )
-
-
-def _split(scores: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `_concatenate` on scores."""
-    if not is_ragged(scores):
-        first, second = torch.split(scores, [a.shape[0], b.shape[0]])
-        return first, second
-    values, _ = pack(scores)
-    first, second = torch.split(values, [pack(a)[0].shape[0], pack(b)[0].shape[0]])
-    return unpack(first, a), unpack(second, b)
