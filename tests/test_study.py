@@ -22,6 +22,7 @@ import data  # noqa: E402
 import distill  # noqa: E402
 import networks  # noqa: E402
 import study  # noqa: E402
+from training import load_checkpoint  # noqa: E402
 
 
 @pytest.fixture
@@ -83,6 +84,40 @@ def test_tuning_then_running_then_nothing_is_left(runs, capsys):
     # Another seed is new, and only that is run.
     assert study.main(["run", "synthetic", "--seeds", "0", "1", "2", *chosen]) == 0
     assert len(runs) == 1 + 4
+
+
+def test_a_row_of_the_tables_is_trained_again_and_compared(runs, capsys):
+    chosen = ["--rows", "mse"]
+    assert study.main(["run", "synthetic", "--seeds", "0", "1", *chosen]) == 0
+    file = tables.path(study.RESULTS, "synthetic", "test")
+    before = file.read_text()
+    # As in the table, whatever weight would be taken today.
+    lines = [json.loads(line) | {"weights": {"mse": 30.0}} for line in before.splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs.clear()
+    capsys.readouterr()
+    assert study.main(["again", "synthetic", *chosen]) == 0
+    assert sum("mse=30" in arguments for arguments in runs) == 2
+    shown = capsys.readouterr().out.splitlines()
+    # 0.6 - 0.05 * 0.7 and 0.6 - 0.05 * 29.7.
+    assert shown[0] == "mse seed 0 {'mse': 30.0}: 56.50 % in the table, -88.50 % now"
+    assert file.read_text() == "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_a_setting_takes_the_teacher_that_is_there(runs):
+    options = ["--data", "clouds", "--seeds", "0", "--rows", "alone"]
+    assert study.main(["run", "pointnet", *options]) == 0
+    assert str(study.TEACHERS["pointnet"]) in runs[0]
+    runs.clear()
+    assert study.main(["run", "slow", *options, "--teacher", "other.pt"]) == 0
+    assert "other.pt" in runs[0]
+    runs.clear()
+    assert study.main(["run", "dgcnn", *options]) == 0
+    assert "--teacher" not in runs[0]
+    for path in study.TEACHERS.values():
+        state = load_checkpoint(path)
+        network = networks.build(state["description"]["arch"], state["description"]["classes"])
+        network.load_state_dict(state["network"])
 
 
 def test_the_report_says_what_the_lines_say(runs):
