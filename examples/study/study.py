@@ -78,7 +78,7 @@ ROWS: dict[str, list[str]] = {
     "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
     "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
     "fitnet+fad-head": ["--loss", "fitnet+head"],
-    "fad-sharp+fad-head": ["--loss", "fad+head", "--discriminator", "sharp"],
+    "fad+fad-head": ["--loss", "fad+head", "--discriminator", "teacher"],
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
     "fitnet+fad-head+kd": ["--loss", "fitnet+head+kd"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],

@@ -87,9 +87,9 @@ class TeacherDiscriminator(nn.Module):
     """
 
     default_weight: float
-    """From the tables of weights in ``examples/study/results/report.md``: 100 with
-    ``condition="point"``, where 30 to 300 did not differ by more than the noise; 10 for other
-    log-ratios, whose best was 10 at the lower of two learning rates and 300 at the higher; 1 for
+    """100 for log-ratios, from the tables of weights in ``examples/study/results/report.md``: with
+    ``condition="point"`` 30 to 300 did not differ by more than the noise, without it 100 and 300
+    were the best at the higher of two learning rates (at the lower one 10, of 0.3 to 30). 1 for
     "witness", which was not measured."""
 
     quadratic: ClassVar[bool] = True
@@ -131,7 +131,7 @@ class TeacherDiscriminator(nn.Module):
             )
             raise TypeError(message)
         self.mode, self.condition, self.backend = mode, condition, backend
-        self.default_weight = 1.0 if self.witness else 100.0 if condition else 10.0
+        self.default_weight = 1.0 if self.witness else 100.0
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:
             message = "bandwidths: expected at least one number, got an empty sequence"
