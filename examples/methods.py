@@ -304,24 +304,24 @@ class SetDistance(Matched):
         return plan / channels
 
 
-class Judged(nn.Module):
+def judged(*channels: int, head: nn.Module, **_: float) -> nn.Module:
     """FAD by the teacher's last layer: what does it make of the student's penultimate features?"""
+    discriminator = HeadDiscriminator(head, pool=None)
+    return FeatureAdversarialLoss(
+        *channels, discriminator=discriminator, normalize=False, weight=1.0
+    )
 
-    def __init__(self, *channels: int, head: nn.Module, **_: float) -> None:
-        super().__init__()
-        discriminator = HeadDiscriminator(head, pool=None)
-        self.fad = FeatureAdversarialLoss(
-            *channels, discriminator=discriminator, normalize=False, weight=1.0
-        )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.fad(student, teacher)
+def last(*channels: int, **_: Any) -> nn.Module:
+    """FAD on penultimate features: the batch is the set, and each cloud knows its own."""
+    return FeatureAdversarialLoss(*channels, discriminator="paired", weight=1.0)
 
 
 # Called with the channels of the student and of the teacher, classes=, temperature= and head=.
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "fad": FeatureAdversarialLoss,
-    "head": Judged,
+    "head": judged,
+    "last": last,
     "kd": KnowledgeDistillation,
     "logit": LogitDiscriminator,
     "mse": SquaredError,
@@ -346,14 +346,16 @@ DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
 }
 # What they are called with, if not the features of points.
 COMPARED = {
-    "kd": "logits", "logit": "logits", "head": "penultimate", "fitnet-last": "penultimate",
+    "kd": "logits", "logit": "logits",
+    "head": "penultimate", "last": "penultimate", "fitnet-last": "penultimate",
     "mse": "pooled", "sp": "pooled", "rkd": "pooled", "crd": "pooled",
 }  # fmt: skip
 TITLES = {
-    "none": "alone", "fad": "FAD", "head": "the teacher's last layer", "kd": "KD",
-    "logit": "logit discriminator", "mse": "MSE", "fitnet": "FitNet",
-    "fitnet-last": "FitNet on penultimate features", "sp": "SP", "rkd": "RKD", "crd": "CRD",
-    "chamfer": "Chamfer", "energy": "energy distance", "mmd": "MMD", "sinkhorn": "Sinkhorn",
+    "none": "alone", "fad": "FAD", "head": "the teacher's last layer",
+    "last": "FAD on penultimate features", "kd": "KD", "logit": "logit discriminator", "mse": "MSE",
+    "fitnet": "FitNet", "fitnet-last": "FitNet on penultimate features", "sp": "SP",
+    "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer", "energy": "energy distance",
+    "mmd": "MMD", "sinkhorn": "Sinkhorn",
 }  # fmt: skip
 
 

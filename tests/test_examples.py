@@ -227,7 +227,7 @@ def test_the_teachers_last_layer_judges_the_students_penultimate_features():
     plain, _ = methods.Supervised(student)(points, labels)
     with methods.watch(student) as features:
         student(points)
-        adapted = objective.terms["head"].fad.adapter(features[student.penultimate])
+        adapted = objective.terms["head"].adapter(features[student.penultimate])
     guess = F.log_softmax(teacher.classifier[-1](adapted), dim=-1)
     wanted = F.kl_div(guess, known.logits.softmax(-1), reduction="batchmean")
     torch.testing.assert_close(loss - plain, wanted, atol=1e-5, rtol=1e-4)
@@ -252,7 +252,7 @@ def test_a_curriculum_moves_from_the_terms_to_the_task():
     assert loss("fade", 0.75) == pytest.approx(task + (both - task) / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet", "head"])
+@pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet", "head", "last"])
 def test_what_the_teacher_said_before_is_as_good_as_asking_again(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     objective = methods.Distilled(student.eval(), teacher, method).eval()

@@ -71,7 +71,9 @@ ROWS: dict[str, list[str]] = {
         for name in ("paired", "point", "neighborhood", "cloud", "match")
     },
     "fad-head": ["--loss", "head"],
+    "fad-last": ["--loss", "last"],
     "fitnet+fitnet-last": ["--loss", "fitnet+fitnet-last"],
+    "fitnet+fitnet-last+kd": ["--loss", "fitnet+fitnet-last+kd"],
     "fitnet+kd": ["--loss", "fitnet+kd"],
     "crd+kd": ["--loss", "crd+kd"],
     "fad+kd": ["--loss", "fad+kd", "--discriminator", "teacher"],
@@ -80,6 +82,11 @@ ROWS: dict[str, list[str]] = {
     "fitnet+fad-head": ["--loss", "fitnet+head"],
     "fad+fad-head": ["--loss", "fad+head", "--discriminator", "teacher"],
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
+    "fad-paired+fad-last": ["--loss", "fad+last", "--discriminator", "paired"],
+    "fad-paired+fad-last+kd": ["--loss", "fad+last+kd", "--discriminator", "paired"],
+    "fad-paired+fad-last+fad-head": ["--loss", "fad+last+head", "--discriminator", "paired"],
+    "fad-paired+fad-last+fad-head+kd": [
+        "--loss", "fad+last+head+kd", "--discriminator", "paired"],
     "fitnet+fad-head+kd": ["--loss", "fitnet+head+kd"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
@@ -276,8 +283,8 @@ def describe(line: tables.Line) -> str:
 
 def method(part: str) -> str:
     """What distill.py calls a part of a row."""
-    if part == "fad-head":
-        return "head"
+    if part in {"fad-head", "fad-last"}:
+        return part.removeprefix("fad-")
     return "fad" if part.startswith("fad") else part
 
 
