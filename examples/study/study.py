@@ -82,11 +82,16 @@ ROWS: dict[str, list[str]] = {
     "fitnet+fad-head": ["--loss", "fitnet+head"],
     "fad+fad-head": ["--loss", "fad+head", "--discriminator", "teacher"],
     "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
-    "fad-paired+fad-last": ["--loss", "fad+last", "--discriminator", "paired"],
-    "fad-paired+fad-last+kd": ["--loss", "fad+last+kd", "--discriminator", "paired"],
-    "fad-paired+fad-last+fad-head": ["--loss", "fad+last+head", "--discriminator", "paired"],
-    "fad-paired+fad-last+fad-head+kd": [
-        "--loss", "fad+last+head+kd", "--discriminator", "paired"],
+    **{
+        f"fad-paired{points}{more}": ["--loss", loss, "--discriminator", "paired", *options]
+        for points, options in (("", []), ("-16points", ["--fad", "max_points=16"]))
+        for more, loss in (
+            ("+fad-last", "fad+last"),
+            ("+fad-last+kd", "fad+last+kd"),
+            ("+fad-last+fad-head", "fad+last+head"),
+            ("+fad-last+fad-head+kd", "fad+last+head+kd"),
+        )
+    },
     "fitnet+fad-head+kd": ["--loss", "fitnet+head+kd"],
     "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
@@ -96,7 +101,11 @@ ABLATIONS: dict[str, list[str]] = {
     "fad-paired-balanced": [*ROWS["fad-paired"], "--fad", "balance=True"],
     "fad-paired-raw": [*ROWS["fad-paired"], "--fad", "normalize=False"],
     "fad-paired-warmup": [*ROWS["fad-paired"], "--fad", "warmup_steps=300"],
-    "fad-paired-16points": [*ROWS["fad-paired"], "--fad", "max_points=16"],
+    **{
+        f"{row}-{points}points": [*ROWS[row], "--fad", f"max_points={points}"]
+        for row in ("fad", "fad-paired")
+        for points in (8, 16)
+    },
     "fad-paired-relativistic": [*ROWS["fad-paired"], "--objective", "relativistic"],
     **{
         f"fad-paired-{curriculum}": [*ROWS["fad-paired"], "--curriculum", curriculum]
