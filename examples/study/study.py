@@ -271,9 +271,13 @@ class Study:
             for future in [pool.submit(one, *run) for run in missing]:
                 future.result()
 
-    def again(self, rows: list[str]) -> None:
+    def again(self, rows: list[str], seeds: list[int]) -> None:
         """Train the students of some rows once more, and show what was and what is."""
-        lines = [x for x in tables.read(RESULTS, self.setting, "test") if x["row"] in rows]
+        lines = [
+            line
+            for line in tables.read(RESULTS, self.setting, "test")
+            if line["row"] in rows and line["seed"] in seeds
+        ]
         teacher = self.teacher("test")
 
         def one(line: tables.Line) -> None:
@@ -333,8 +337,9 @@ def main(arguments: list[str] | None = None) -> int:
         add("--teacher", type=Path, help="a checkpoint to take for both splits (that of teachers/, "
             "if there is one for the setting)")  # fmt: skip
         add("--runs", type=Path, default=Path("runs/study"), help="checkpoints (runs/study)")
-        if name == "run":
+        if name != "tune":
             add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        if name == "run":
             add("--split", choices=["test", "validation"], default="test", help="to score on")
     commands.add_parser("report", help="tables and plots from all results")
     options = parser.parse_args(arguments)
@@ -350,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
         for size in sorted({row.count("+") for row in rows}):
             study.tune([row for row in rows if row.count("+") == size])
     elif options.command == "again":
-        study.again(options.rows)
+        study.again(options.rows, options.seeds)
         return 0
     else:
         weights = {row: study.weights(row) for row in options.rows}
