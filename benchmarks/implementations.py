@@ -7,6 +7,7 @@ or does not offer the operation is left out, and one that cannot do the case, wi
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -235,28 +236,20 @@ def _geomloss(case: Case) -> Function | str:
     return softmin
 
 
-def _pytorch3d(case: Case) -> Function | str:
-    if case.op not in {"nearest", "knn"}:
-        return _NOT_OFFERED
-    if case.dtype != "float32":
-        return "float32 only"
-    from pytorch3d.ops import knn_points  # noqa: PLC0415
+def _knn_points(module: str) -> Callable[[Case], Function | str]:
+    """PyTorch3D's function, from there or from the package that carries a copy of it."""
 
-    if case.op == "nearest":
-        return lambda x, y: knn_points(x, y, K=1).dists.squeeze(-1)
-    return lambda x, y: knn_points(x, y, K=min(K, case.M)).dists
+    def make(case: Case) -> Function | str:
+        if case.op not in {"nearest", "knn"}:
+            return _NOT_OFFERED
+        if case.dtype != "float32":
+            return "float32 only"
+        knn_points = importlib.import_module(module).knn_points
+        if case.op == "nearest":
+            return lambda x, y: knn_points(x, y, K=1).dists.squeeze(-1)
+        return lambda x, y: knn_points(x, y, K=min(K, case.M)).dists
 
-
-def _chamferdist(case: Case) -> Function | str:
-    if case.op not in {"nearest", "knn"}:
-        return _NOT_OFFERED
-    if case.dtype != "float32":
-        return "float32 only"
-    from chamferdist.chamfer import knn_points  # noqa: PLC0415
-
-    if case.op == "nearest":
-        return lambda x, y: knn_points(x, y, K=1).dists.squeeze(-1)
-    return lambda x, y: knn_points(x, y, K=min(K, case.M)).dists
+    return make
 
 
 def _flash_kmeans(case: Case) -> Function | str:
@@ -336,8 +329,8 @@ PEERS = (
     Peer("KeOps", "pykeops", _keops),
     Peer("geomloss", "geomloss", _geomloss, dense=True),
     Peer("flash-sinkhorn", "flash_sinkhorn", _flash_sinkhorn, differentiable=False),
-    Peer("pytorch3d", "pytorch3d", _pytorch3d),
-    Peer("chamferdist", "chamferdist", _chamferdist),
+    Peer("pytorch3d", "pytorch3d", _knn_points("pytorch3d.ops")),
+    Peer("chamferdist", "chamferdist", _knn_points("chamferdist.chamfer")),
     Peer("flash-kmeans", "flash_kmeans", _flash_kmeans, differentiable=False),
 )
 PEER_GROUPS = {

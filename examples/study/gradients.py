@@ -104,13 +104,14 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def strength(bench: Bench) -> Iterator[dict[str, Any]]:
     """Norm and direction of each term's gradient, relative to the task's."""
-    terms = [(method, {}) for method in METHODS if method != "fad"]
-    terms += [("fad", {"discriminator": name}) for name in DISCRIMINATORS]
-    for method, options in terms:
+    terms = [(method, method, {}) for method in METHODS if method not in {"fad", "head", "last"}]
+    terms += [(f"fad-{method}", method, {}) for method in ("head", "last")]
+    terms += [(f"fad-{name}", "fad", {"discriminator": name}) for name in DISCRIMINATORS]
+    for label, method, options in terms:
         term = bench.fitted(method, **options)
         pairs = [bench.gradients(term, number) for number in range(4)]
         yield {
-            "term": "-".join(["fad", options["discriminator"]]) if options else method,
+            "term": label,
             "share": statistics.fmean(float(b.norm() / a.norm()) for a, b in pairs),
             "cosine": statistics.fmean(cosine(a, b) for a, b in pairs),
         }
