@@ -122,6 +122,11 @@ class FeatureAdversarialLoss(nn.Module):
             (``normalize=False``), or NaN or infinity in a CPU tensor.
         TypeError: not floating-point tensors.
 
+    The defaults are those of the study (``examples/study/results/report.md``): "teacher", which
+    needs no correspondence, and of `objective`, `balance`, `normalize`, `warmup_steps` and
+    `max_points` what no alternative to it was ahead of by more than the noise (its rows
+    ``fad-paired-*`` and ``fad-*points``).
+
     Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
     then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated
     with its own batch; and the set that global features are compared as is the rank's own batch.
