@@ -192,7 +192,11 @@ class LogitDiscriminator(nn.Module):
     def __init__(self, *_: int, classes: int, **__: float) -> None:
         super().__init__()
         self.fad = FeatureAdversarialLoss(
-            classes, classes, discriminator=CloudDiscriminator(classes), adapter="identity"
+            classes,
+            classes,
+            discriminator=CloudDiscriminator(classes),
+            adapter="identity",
+            weight=1.0,
         )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -334,7 +338,11 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 }
 # The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
 # knows its own.
-WEIGHTS = {"head": 3.0, "kd": 3.0, "fitnet": 3.0, "crd": 0.3}
+WEIGHTS = {
+    "head": 3.0, "last": 100.0, "kd": 3.0,
+    "mse": 0.03, "fitnet": 30.0, "fitnet-last": 3.0, "sp": 30.0, "rkd": 3.0, "crd": 0.3,
+    "chamfer": 30.0, "energy": 30.0, "mmd": 300.0, "sinkhorn": 30.0,
+}  # fmt: skip
 # Variants that have no name in the library; called with the teacher's channels.
 DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "witness": lambda _: TeacherDiscriminator(mode="witness"),

@@ -45,6 +45,7 @@ def test_by_hand_with_a_discriminator_that_learns():
         TEACHER,
         discriminator=discriminator,
         objective=LeastSquares(),
+        weight=1.0,
         normalize=False,
         gradient_penalty=0.3,
         lecam=0.2,
@@ -286,7 +287,7 @@ def test_labels_per_point_of_ragged_clouds():
         ("paired", TeacherDiscriminator(condition="point").default_weight),
         (TeacherDiscriminator(mode="witness"), 1.0),
         ("match", MatchDiscriminator.default_weight),
-        ("point", 1.0),
+        ("point", PointDiscriminator.default_weight),
         (torch.nn.Linear(TEACHER, 1), 1.0),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,10 @@ class NeighborhoodDiscriminator(nn.Module):
         >>> discriminator(torch.randn(2, 100, 16)).shape
         torch.Size([2, 100])
     """
+
+    default_weight: ClassVar[float] = 0.1
+    """Small: in ``examples/study/results/report.md`` no weight of a discriminator that learns
+    helped, and larger ones hurt more."""
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from fad_loss.discriminators._layers import (
@@ -61,6 +63,10 @@ class PointDiscriminator(nn.Module):
         >>> discriminator(features, reference).shape
         torch.Size([2, 100])
     """
+
+    default_weight: ClassVar[float] = 0.1
+    """Small: in ``examples/study/results/report.md`` no weight of a discriminator that learns
+    helped, and larger ones hurt more."""
 
     def __init__(
         self,
