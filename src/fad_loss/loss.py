@@ -108,7 +108,8 @@ class FeatureAdversarialLoss(nn.Module):
             the default: their cost grows with the square. Student and teacher keep the same points
             if they have the same number of them. Ragged clouds, and all clouds in evaluation, are
             compared whole. With 64 of 256 points the gradient of a batch had a cosine of 0.97 with
-            that of all (``examples/study/results/gradients.json``).
+            that of all (``examples/study/results/gradients.json``); 16 were too few for "teacher"
+            in the study, and enough for "paired" (``fad-16points``, ``fad-paired-16points``).
         layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
 
     Shape:
@@ -122,10 +123,10 @@ class FeatureAdversarialLoss(nn.Module):
             (``normalize=False``), or NaN or infinity in a CPU tensor.
         TypeError: not floating-point tensors.
 
-    The defaults are those of the study (``examples/study/results/report.md``): "teacher", which
-    needs no correspondence, and of `objective`, `balance`, `normalize`, `warmup_steps` and
-    `max_points` what no alternative to it was ahead of by more than the noise (its rows
-    ``fad-paired-*`` and ``fad-*points``).
+    The defaults are those of the study (``examples/study/results/report.md``): "teacher", the best
+    of the discriminators that need no correspondence, and the `objective`, `balance`, `normalize`
+    and `warmup_steps` that no alternative was ahead of by more than the noise (its rows
+    ``fad-paired-*``).
 
     Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
     then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated

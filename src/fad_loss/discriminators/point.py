@@ -65,8 +65,8 @@ class PointDiscriminator(nn.Module):
     """
 
     default_weight: ClassVar[float] = 0.1
-    """Small: in ``examples/study/results/report.md`` no weight of a discriminator that learns
-    helped, and larger ones hurt more."""
+    """Small, because in ``examples/study/results/report.md`` no weight of a discriminator that
+    learns helped, and larger ones hurt more."""
 
     def __init__(
         self,
