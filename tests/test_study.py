@@ -59,17 +59,30 @@ def runs(tmp_path, monkeypatch):
 
 def test_every_row_is_a_command_of_the_example():
     for setting, common in study.SETTINGS.items():
-        for row, arguments in {**study.ROWS, **study.ABLATIONS}.items():
-            options = distill.parse([*common, *arguments])
+        for row in [*study.ROWS, *study.BASES, "fad-paired-16points+fad-head+kd"]:
+            options = distill.parse([*common, *study.how(row)])
             assert len(options.loss) == 1, (setting, row)
+            assert options.loss[0].count("+") == row.count("+")
+    options = distill.parse(study.how("fad-paired-16points+fad-head+kd"))
+    assert options.loss == ["fad+head+kd"]
+    assert (options.discriminator, options.fad) == ("paired", [("max_points", 16)])
+    assert distill.parse(study.how("fad-sharp")).discriminator == "sharp"
+
+
+def test_a_row_that_is_none_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["run", "synthetic", "--rows", "fitnet+fad-pared"])
+    assert "'fitnet+fad-pared' (expected alone, or, joined by +, some of kd" in (
+        capsys.readouterr().err
+    )
 
 
 def test_every_line_of_the_results_can_be_run_again():
-    known = {**study.ROWS, **study.ABLATIONS}
     for setting in study.SETTINGS:
         for split in ("test", "validation"):
-            lines = tables.read(study.RESULTS, setting, split)
-            assert {line["row"] for line in lines} <= known.keys()
+            for line in tables.read(study.RESULTS, setting, split):
+                (loss,) = distill.parse(study.how(line["row"])).loss
+                assert f"--loss {loss} " in line["command"]
 
 
 def test_tuning_then_running_then_nothing_is_left(runs, capsys):

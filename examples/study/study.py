@@ -55,77 +55,57 @@ SETTINGS: dict[str, list[str]] = {
     "across": ["--teacher-arch", "dgcnn", "--student-arch", "pointnet", "--points", "256",
                "--epochs", "12", "--teacher-epochs", "30", "--views", "8"],
 }  # fmt: skip
-# How; options of distill.py without the weights. A row with "+" takes those of its parts.
-ROWS: dict[str, list[str]] = {
-    "alone": ["--loss", "none"],
+# A row is "alone" or some of these joined by "+"; options of distill.py that a part needs.
+PARTS: dict[str, list[str]] = {
     **{
-        name: ["--loss", name]
+        name: []
         for name in (
             "kd", "logit", "mse", "fitnet", "fitnet-last", "sp", "rkd", "crd",
-            "chamfer", "energy", "mmd", "sinkhorn",
+            "chamfer", "energy", "mmd", "sinkhorn", "fad-head", "fad-last",
         )
     },
-    "fad": ["--loss", "fad", "--discriminator", "teacher"],
+    "fad": ["--discriminator", "teacher"],
     **{
-        f"fad-{name}": ["--loss", "fad", "--discriminator", name]
+        f"fad-{name}": ["--discriminator", name]
         for name in ("paired", "point", "neighborhood", "cloud", "match")
     },
-    "fad-head": ["--loss", "head"],
-    "fad-last": ["--loss", "last"],
-    "fitnet+fitnet-last": ["--loss", "fitnet+fitnet-last"],
-    "fitnet+fitnet-last+kd": ["--loss", "fitnet+fitnet-last+kd"],
-    "fitnet+kd": ["--loss", "fitnet+kd"],
-    "crd+kd": ["--loss", "crd+kd"],
-    "fad+kd": ["--loss", "fad+kd", "--discriminator", "teacher"],
-    "fad-paired+kd": ["--loss", "fad+kd", "--discriminator", "paired"],
-    "fad-match+kd": ["--loss", "fad+kd", "--discriminator", "match"],
-    "fitnet+fad-head": ["--loss", "fitnet+head"],
-    "fad+fad-head": ["--loss", "fad+head", "--discriminator", "teacher"],
-    "fad-paired+fad-head": ["--loss", "fad+head", "--discriminator", "paired"],
-    **{
-        f"fad-paired{points}{more}": ["--loss", loss, "--discriminator", "paired", *options]
-        for points, options in (("", []), ("-16points", ["--fad", "max_points=16"]))
-        for more, loss in (
-            ("+fad-last", "fad+last"),
-            ("+fad-last+kd", "fad+last+kd"),
-            ("+fad-last+fad-head", "fad+last+head"),
-            ("+fad-last+fad-head+kd", "fad+last+head+kd"),
-        )
-    },
-    "fitnet+fad-head+kd": ["--loss", "fitnet+head+kd"],
-    "fad-paired+fad-head+kd": ["--loss", "fad+head+kd", "--discriminator", "paired"],
 }  # fmt: skip
-# One thing changed of a row above, the longest one that the name begins with, whose weight it takes
-# unless it was tuned itself. Not part of the comparison unless asked for.
-ABLATIONS: dict[str, list[str]] = {
-    "fad-paired-balanced": [*ROWS["fad-paired"], "--fad", "balance=True"],
-    "fad-paired-raw": [*ROWS["fad-paired"], "--fad", "normalize=False"],
-    "fad-paired-warmup": [*ROWS["fad-paired"], "--fad", "warmup_steps=300"],
-    **{
-        f"{row}-{points}points": [*ROWS[row], "--fad", f"max_points={points}"]
-        for row in ("fad", "fad-paired")
-        for points in (8, 16)
+# One thing changed of a part; it takes the weight of that part unless it was tuned itself.
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "fad": {
+        "8points": ["--fad", "max_points=8"],
+        "16points": ["--fad", "max_points=16"],
+        **{name: ["--discriminator", name] for name in ("sharp", "sharper", "witness", "embedded")},
     },
-    "fad-paired-relativistic": [*ROWS["fad-paired"], "--objective", "relativistic"],
-    **{
-        f"fad-paired-{curriculum}": [*ROWS["fad-paired"], "--curriculum", curriculum]
-        for curriculum in ("first", "fade")
+    "fad-paired": {
+        "balanced": ["--fad", "balance=True"],
+        "raw": ["--fad", "normalize=False"],
+        "warmup": ["--fad", "warmup_steps=300"],
+        "8points": ["--fad", "max_points=8"],
+        "16points": ["--fad", "max_points=16"],
+        "relativistic": ["--objective", "relativistic"],
+        "first": ["--curriculum", "first"],
+        "fade": ["--curriculum", "fade"],
+        **{name: ["--discriminator", name] for name in ("narrow", "wide")},
     },
-    **{
-        f"fad-paired-{name}": ["--loss", "fad", "--discriminator", name]
-        for name in ("narrow", "wide")
+    "fad-point": {
+        **{
+            name: ["--objective", name]
+            for name in ("non_saturating", "least_squares", "wasserstein", "relativistic")
+        },
+        "penalty": ["--fad", "gradient_penalty=1.0"],
+        "lecam": ["--fad", "lecam=0.3"],
     },
-    **{
-        f"fad-{name}": ["--loss", "fad", "--discriminator", name]
-        for name in ("sharp", "sharper", "witness", "embedded")
-    },
-    **{
-        f"fad-point-{objective}": [*ROWS["fad-point"], "--objective", objective]
-        for objective in ("non_saturating", "least_squares", "wasserstein", "relativistic")
-    },
-    "fad-point-penalty": [*ROWS["fad-point"], "--fad", "gradient_penalty=1.0"],
-    "fad-point-lecam": [*ROWS["fad-point"], "--fad", "lecam=0.3"],
 }
+BASES = {f"{base}-{name}": base for base, variants in VARIANTS.items() for name in variants}
+# The comparison, where no rows are asked for.
+ROWS = (
+    "alone", *PARTS,
+    "fitnet+kd", "crd+kd", "fad+kd", "fad-paired+kd", "fad-match+kd",
+    "fitnet+fitnet-last", "fitnet+fitnet-last+kd", "fitnet+fad-head", "fitnet+fad-head+kd",
+    "fad+fad-head", "fad-paired+fad-head", "fad-paired+fad-head+kd",
+    "fad-paired+fad-last", "fad-paired+fad-last+kd", "fad-paired+fad-last+fad-head",
+)  # fmt: skip
 UNTUNED = {"alone"}
 # Trained by distill.py --points 256 --teacher-epochs 25 on all training clouds of ModelNet40.
 TEACHERS = dict.fromkeys(("pointnet", "slow"), HERE / "teachers" / "pointnet.pt")
@@ -187,8 +167,8 @@ class Study:
                 break
         else:
             first = parts[0]
-            changed = [name for name in tuned if first not in ROWS and first.startswith(f"{name}-")]
-            found = {first: tuned[max(changed, key=len)].popitem()[1] if changed else 1.0}
+            base = BASES.get(first, first)
+            found = {first: tuned[base][base] if base in tuned else 1.0}
         rest = "+".join(parts[count:])
         return {**found, **self.weights(rest)} if rest else found
 
@@ -196,7 +176,7 @@ class Study:
         self, teacher: str, split: str, row: str, seed: int, weights: dict[str, float], name: str
     ) -> tables.Line:
         """One run in a folder whose name begins so; its line."""
-        arguments = [*{**ROWS, **ABLATIONS}[row], "--no-baseline", "--teacher", teacher]
+        arguments = [*how(row), "--no-baseline", "--teacher", teacher]
         arguments += ["--seed", str(seed)]
         if row not in UNTUNED:
             given = [f"{method(part)}={weight:g}" for part, weight in weights.items()]
@@ -294,11 +274,37 @@ def describe(line: tables.Line) -> str:
     return f"{line['row']} seed {line['seed']} {line['weights']}"
 
 
+def how(row: str) -> list[str]:
+    """The options of distill.py that make a row, without its weights."""
+    if row == "alone":
+        return ["--loss", "none"]
+    parts = row.split("+")
+    more = [option for part in parts for option in _options(part)]
+    return ["--loss", "+".join(map(method, parts)), *more]
+
+
+def _options(part: str) -> list[str]:
+    if part in PARTS:
+        return PARTS[part]
+    base = BASES[part]
+    changed = VARIANTS[base][part.removeprefix(f"{base}-")]
+    return changed if "--discriminator" in changed else [*PARTS[base], *changed]
+
+
 def method(part: str) -> str:
     """What distill.py calls a part of a row."""
     if part in {"fad-head", "fad-last"}:
         return part.removeprefix("fad-")
     return "fad" if part.startswith("fad") else part
+
+
+def _row(text: str) -> str:
+    unknown = [part for part in text.split("+") if part not in {**PARTS, **BASES}]
+    if text != "alone" and unknown:
+        known = ", ".join([*PARTS, *BASES])
+        message = f"{text!r} (expected alone, or, joined by +, some of {known})"
+        raise argparse.ArgumentTypeError(message)
+    return text
 
 
 def epochs(log: Path) -> list[dict[str, float]]:
@@ -329,8 +335,9 @@ def main(arguments: list[str] | None = None) -> int:
         add = commands.add_parser(name, help=explanation).add_argument
         add("setting", choices=SETTINGS)
         add("--data", default="synthetic", help="as for distill.py")
-        add("--rows", nargs="+", choices=[*ROWS, *ABLATIONS], default=list(ROWS), metavar="ROW",
-            help=f"of {', '.join(ROWS)} (all of them), {', '.join(ABLATIONS)}")  # fmt: skip
+        add("--rows", nargs="+", type=_row, default=list(ROWS), metavar="ROW",
+            help=f"alone, or of {', '.join([*PARTS, *BASES])} some, joined by + "
+            f"({', '.join(ROWS)})")  # fmt: skip
         add("--jobs", type=int, default=1, help="runs side by side (1)")
         add("--epochs", type=int, help="of the students, instead of the setting's")
         add("--teacher-epochs", type=int, help="train a teacher for so many epochs")
