@@ -123,6 +123,8 @@ def test_a_row_of_the_tables_is_trained_again_and_compared(runs, capsys):
     # 0.6 - 0.05 * 0.7 and 0.6 - 0.05 * 29.7.
     assert shown == "mse seed 0 {'mse': 30.0}: 56.50 % in the table, -88.50 % now"
     assert file.read_text() == "".join(json.dumps(line) + "\n" for line in lines)
+    with pytest.raises(SystemExit, match="synthetic: no line of sp with seeds"):
+        study.main(["again", "synthetic", "--rows", "sp"])
 
 
 def test_a_setting_takes_the_teacher_that_is_there(runs):

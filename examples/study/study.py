@@ -12,10 +12,10 @@ a row once more), and an interrupted run continues, so the same command can be g
 done. The teacher is that of `teachers/`, if the setting has one there; else it is trained, once per
 setting, and once more without the validation clouds for `tune`.
 
-Every method gets the same epochs, and its weight by the same rule: the best of `WEIGHTS`, or of the
-next ones while the best is the first or the last, judged on a tenth of the training clouds and
-never on the test clouds. Of a combination, the last part is tuned so beside the others; one that
-was not tuned takes the weights of its parts.
+Every method gets the same epochs, and from `tune` its weight by the same rule: the best of
+`WEIGHTS`, or of the next ones while the best is the first or the last, judged on a tenth of the
+training clouds and never on the test clouds. Of a combination, the last part is tuned so beside the
+others; one that was not tuned takes the weights of its parts.
 """
 
 from __future__ import annotations
@@ -258,10 +258,17 @@ class Study:
             for line in tables.read(RESULTS, self.setting, "test")
             if line["row"] in rows and line["seed"] in seeds
         ]
+        if not lines:
+            message = (
+                f"{self.setting}: no line of {', '.join(rows)} with seeds {seeds} to run again"
+            )
+            raise SystemExit(message)
         teacher = self.teacher("test")
+        # Not what another version of the code has trained before.
+        name = f"again-{commit()}"
 
         def one(line: tables.Line) -> None:
-            run = self.run(teacher, "test", line["row"], line["seed"], line["weights"], "again")
+            run = self.run(teacher, "test", line["row"], line["seed"], line["weights"], name)
             was, now = (100 * x["accuracy"] for x in (line, run))
             print(f"{describe(line)}: {was:.2f} % in the table, {now:.2f} % now", flush=True)
 

@@ -242,10 +242,16 @@ def write(results: Path) -> int:
         "recovered: the share of the distance between the student alone and the teacher.",
         "Corrupted: mean accuracy on test clouds with noise, with a missing region, turned and",
         "scaled (`CORRUPTIONS` in `examples/data.py`). s: seconds of training, with other runs",
-        "beside it. Weights were chosen on a validation split of the training clouds, by the same",
-        "rule for every method, in fewer epochs.",
+        "beside it. Weights were tried on a validation split of the training clouds, in fewer",
+        "epochs.",
         "",
         "<!-- report -->",
+        "",
+        "Read the results with care. A teacher of `teachers/` has seen the validation clouds in",
+        "its own training. FAD was tried in more variants than the other losses, and not every",
+        "combination with as many weights; the tables of weights list all trials. A row with",
+        "several weights (`at`) takes part in the verdicts with each of them, so that the best was",
+        "chosen on the test clouds. Trials of one seed differ by chance: see those of several.",
         "",
     ]
     gradients(results)

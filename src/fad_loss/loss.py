@@ -86,8 +86,8 @@ class FeatureAdversarialLoss(nn.Module):
             forward has) that returns one score per point or per cloud.
         objective: "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic", or an
             `fad_loss.objectives.Objective`.
-        weight: scales the student's term only. None takes the discriminator's `default_weight`, the
-            best one in ``examples/study/results/report.md``, and 1 if it has none (or with
+        weight: scales the student's term only. None takes the discriminator's `default_weight`,
+            from the tables of ``examples/study/results/report.md``, and 1 if it has none (or with
             ``balance=True``).
         balance: make `weight` a share: the student's term pulls at the student's features `weight`
             times as strongly as all other losses do (see `fad_loss.balance.GradientBalance`), where
@@ -108,8 +108,7 @@ class FeatureAdversarialLoss(nn.Module):
             the default: their cost grows with the square. Student and teacher keep the same points
             if they have the same number of them. Ragged clouds, and all clouds in evaluation, are
             compared whole. With 64 of 256 points the gradient of a batch had a cosine of 0.97 with
-            that of all (``examples/study/results/gradients.json``); 16 were too few for "teacher"
-            in the study, and enough for "paired" (``fad-16points``, ``fad-paired-16points``).
+            that of all (``examples/study/results/gradients.json``).
         layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
 
     Shape:
@@ -123,10 +122,9 @@ class FeatureAdversarialLoss(nn.Module):
             (``normalize=False``), or NaN or infinity in a CPU tensor.
         TypeError: not floating-point tensors.
 
-    The defaults are those of the study (``examples/study/results/report.md``): "teacher", the best
-    of the discriminators that need no correspondence, and the `objective`, `balance`, `normalize`
-    and `warmup_steps` that no alternative was ahead of by more than the noise (its rows
-    ``fad-paired-*``).
+    The defaults and the study (``examples/study/results/report.md``): of the discriminators that
+    need no correspondence "teacher" was the best. For `objective`, `normalize` and `warmup_steps`
+    one trial each (``fad-paired-*``) gave no reason to change them.
 
     Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
     then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated
