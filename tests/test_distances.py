@@ -339,7 +339,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     assert x.grad.dtype == dtype
     assert x.grad.isfinite().all()
     torch.testing.assert_close(
-        value.double(), distance(x.double(), y.double()), rtol=2e-2, atol=2e-2
+        value.double(), distance(x.double(), y.double()), rtol=1e-4, atol=1e-4
     )
 
 
@@ -476,6 +476,46 @@ def test_errors(case):
     call, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+BAD_PAIRS = {
+    "rank": (X[0], Y[0], ValueError, r"x: expected clouds of shape"),
+    "no axis but one": (X[0, 0], Y[0, 0], ValueError, r"x: expected clouds of shape"),
+    "batch": (X[:1], Y, ValueError, "same number of clouds B"),
+    "channels": (X[..., :2], Y, ValueError, "same number of channels C"),
+    "dtype": (X.float(), Y, TypeError, "one dtype"),
+    "integers": (X.long(), Y.long(), TypeError, r"x: .*x\.float\(\)"),
+    "device": (X, Y.to("meta"), ValueError, "one device"),
+    "one ragged": (SINGLE, Y, ValueError, "both ragged"),
+    "NaN": (X / 0, Y, ValueError, "x: 24 of 24 values are NaN or infinite"),
+    "too large": (X * 1e160, Y, ValueError, "x: expected magnitudes of at most"),
+}
+
+
+ALL = DISTANCES | {"sinkhorn, measured": lambda x, y: distances.sinkhorn(x, y, 1.0)}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_every_distance_refuses(case, name):
+    x, y, error, message = BAD_PAIRS[case]
+    with pytest.raises(error, match=message):
+        ALL[name](x, y)
+
+
+def test_sinkhorn_measures_half_precision_without_overflow():
+    x = torch.tensor([[[-6e4], [6e4]]], dtype=torch.float16)
+    assert distances.sinkhorn(x, x, 1e6).item() == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_sinkhorn_refuses_what_it_cannot_measure(bad, monkeypatch):
+    monkeypatch.setattr(ops, "_check_range", lambda name, t: None)  # as for values on a GPU
+    x = X.index_fill(1, torch.tensor([1]), bad)
+    with pytest.raises(
+        ValueError, match=r"x and y: expected finite values, but .* (nan|inf) apart"
+    ):
+        distances.sinkhorn(x, Y, 1.0)
 
 
 def test_compiling_sinkhorn_that_measures_says_what_to_pass():

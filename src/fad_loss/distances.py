@@ -16,6 +16,7 @@ from torch import Tensor
 from fad_loss import ops
 from fad_loss._checks import check_tensor, choose, describe, look
 from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, pack, per_point, pointwise
+from fad_loss.ops import _check_pair, _Pair
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
 __all__ = ["chamfer", "energy", "mmd", "sinkhorn"]
@@ -244,6 +245,7 @@ def sinkhorn(
         tensor(1.)
     """
     _check_sets(x, y)
+    pair = _check_pair(x, y, exclude_self=False)
     _positive("epsilon", epsilon)
     if not 0 < scaling < 1:
         message = f"scaling: expected a number between 0 and 1, got {scaling!r}"
@@ -264,7 +266,7 @@ def sinkhorn(
         raise RuntimeError(message)
     choose("reduction", reduction, _REDUCTIONS)
     with torch.no_grad():
-        widest = _diameter(x, y) if diameter is None else _positive("diameter", diameter)
+        widest = _diameter(pair) if diameter is None else _positive("diameter", diameter)
         schedule = _schedule(widest, epsilon, scaling)
         solve = _Solver(schedule, epsilon, max_iterations, tolerance, backend)
         f, g = solve.pair(x.detach(), y.detach())
@@ -277,7 +279,6 @@ def sinkhorn(
 
     def extrapolate(of: Tensor, to: Tensor, potential: Tensor) -> Tensor:
         log_b = per_point(-cloud_lengths(to).to(potential.dtype).log(), to)
-        potential, log_b = _cast(potential, to), _cast(log_b, to)
         return cloud_mean(ops.softmin(of, to, epsilon, potential, log_b, backend=backend))
 
     # <a, f> carries the gradient of x, <b, g> that of y.
@@ -286,10 +287,6 @@ def sinkhorn(
         own = extrapolate(x, x.detach(), f_own) + extrapolate(y, y.detach(), g_own)
         total = total - own
     return _reduce(total, reduction)
-
-
-def _cast(t: Tensor, like: Tensor) -> Tensor:
-    return t if t.dtype == like.dtype else t.to(like.dtype)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -334,10 +331,15 @@ def _once(t: Tensor) -> Tensor:
     return pointwise(hold, t)
 
 
-def _diameter(x: Tensor, y: Tensor) -> float:
+def _diameter(pair: _Pair) -> float:
     """An upper bound on the distance of two points of one cloud: the diagonal of all of them."""
-    points = torch.cat([(pack(t)[0] if is_ragged(t) else t).flatten(0, -2) for t in (x, y)])
-    return float((points.amax(0) - points.amin(0)).double().square().sum().sqrt())
+    points = torch.cat([pair.x.flatten(0, -2), pair.y.flatten(0, -2)])
+    extent = points.amax(0).double() - points.amin(0).double()
+    diameter = float(extent.square().sum().sqrt())
+    if not math.isfinite(diameter):  # values on a GPU were not looked at before
+        message = f"x and y: expected finite values, but their points are {diameter} apart"
+        raise ValueError(message)
+    return diameter
 
 
 def _schedule(diameter: float, epsilon: float, scaling: float) -> list[float]:
@@ -370,8 +372,7 @@ class _Solver:
 
     def _step(self, x: Tensor, y: Tensor, potential: Tensor | None, eps: float) -> Tensor:
         counts = cloud_lengths(y).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        log_b = _cast(per_point(-counts.log(), y), y)
-        potential = None if potential is None else _cast(potential, y)
+        log_b = per_point(-counts.log(), y)
         return ops.softmin(x, y, eps, potential, log_b, backend=self.backend)
 
     def _converged(self, step: int, *changes: Tensor) -> bool:

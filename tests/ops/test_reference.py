@@ -98,6 +98,26 @@ def test_error_far_from_the_origin(case, backend):
     assert error(result, truth) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_values_beside_half_precision_may_be_float32(case, dtype, backend, device):
+    """Weights, potentials: rounding those to half precision would lose what the result holds."""
+    torch.manual_seed(2)
+    x, y, *values = [t.detach() for t in case.inputs(2, 6, 7, 20, dtype, device)]
+    inputs = [x, y, *[v.float() * 1.001 for v in values]]
+    inputs = [t.requires_grad_() for t in inputs]
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    truth = values_and_gradients(case.definition, exact)
+    results = values_and_gradients(lambda *t: case.operation(*t, backend=backend), inputs)
+    assert error(results[0], truth[0]) < 2e-6
+    for t, gradient, true in zip(inputs, results[1:], truth[1:], strict=True):
+        assert gradient.dtype == t.dtype
+        # By points it is rounded to their precision.
+        assert error(gradient, true) < (
+            2e-5 if t.dtype == torch.float32 else torch.finfo(dtype).eps
+        )
+
+
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "strided"])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_any_strides(case, layout, backend, device):

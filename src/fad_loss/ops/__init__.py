@@ -78,8 +78,13 @@ class _Pair:
             if self.y_offsets is None:
                 message += f" for y of shape {tuple(self.y.shape)}"
             raise ValueError(message)
-        for what, error in (("dtype", TypeError), ("device", ValueError)):
-            if getattr(packed, what) != getattr(self.y, what):
+        # What belongs to points in half precision may itself be wider, as results are.
+        wide = _dense.accumulation_dtype(self.y.dtype)
+        for what, fits, error in (
+            ("dtype", packed.dtype in {self.y.dtype, wide}, TypeError),
+            ("device", packed.device == self.y.device, ValueError),
+        ):
+            if not fits:
                 message = (
                     f"{name}: expected the {what} of y ({describe(self.y)}), got {describe(t)}; "
                     f"convert it with {name}.to(y.{what})"
@@ -314,7 +319,8 @@ def kernel_mean(
         x: clouds `(B, N, C)`, or ragged.
         y: clouds `(B, M, C)`, or ragged.
         kernel: `Gaussian`, `Laplacian`, `Energy` or `InverseMultiquadric`.
-        weights: `(B, M)`, or ragged like y; non-negative, with a positive sum. 1 by default.
+        weights: `(B, M)`, or ragged like y; non-negative, with a positive sum; of y's dtype, or
+            float32 where that is half precision. 1 by default.
         exclude_self: x and y are the same points, and the sums leave out j = i.
         backend: "auto", "triton", "tiled" or "dense".
 
@@ -452,8 +458,9 @@ def softmin(
         x: clouds `(B, N, C)`, or ragged.
         y: clouds `(B, M, C)`, or ragged.
         epsilon: the temperature, > 0; or several, which share one pass over the distances.
-        potential: f, `(B, M)`, or ragged like y. 0 by default.
-        log_weights: log b, `(B, M)`, or ragged like y; -inf leaves a point out. 0 by default.
+        potential: f, `(B, M)`, or ragged like y; of y's dtype, or float32 where that is half
+            precision. 0 by default.
+        log_weights: log b, like `potential`; -inf leaves a point out. 0 by default.
         exclude_self: x and y are the same points, and the sums leave out j = i.
         backend: "auto", "triton", "tiled" or "dense".
 
