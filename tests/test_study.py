@@ -243,6 +243,13 @@ def test_weights_beyond_the_best_are_tried_while_it_is_at_the_edge():
     assert dict(found) == wanted
 
 
+@pytest.mark.parametrize("end", [tables.LADDER[0], tables.LADDER[-1]])
+def test_no_weight_beyond_the_end_of_the_ladder_is_tried(end):
+    tried = [{"row": "fad", "weights": {"fad": w}, "accuracy": 0.5} for w in (0.3, 3.0)]
+    best = {"row": "fad", "weights": {"fad": end}, "accuracy": 0.6}
+    assert tables.at_the_edge([*tried, best]) == []
+
+
 def test_trials_of_several_seeds_count_by_their_mean(runs):
     study.RESULTS.mkdir()
     chosen = ["--rows", "fad", "--split", "validation", "--seeds", "0", "2"]

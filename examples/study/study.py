@@ -225,8 +225,10 @@ class Study:
         self.all("validation", tried)
         for _ in range(FURTHER):
             lines = tables.read(RESULTS, self.setting, "validation")
-            edge = [(row, 0, next_ones) for row, next_ones in tables.at_the_edge(lines)]
-            self.all("validation", [trial for trial in edge if trial[0] in rows])
+            edge = [(row, 0, further) for row, further in tables.at_the_edge(lines) if row in rows]
+            if not edge:
+                break
+            self.all("validation", edge)
 
     def all(self, split: str, todo: Iterable[tuple[str, int, dict[str, float]]]) -> None:
         """Run what is not there yet, some side by side."""
@@ -364,7 +366,8 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(options.setting, options)
     if options.command == "tune":
         untuned = [(row, 0, {row: 1.0}) for row in options.rows if row in UNTUNED]
-        study.all("validation", untuned)
+        if untuned:
+            study.all("validation", untuned)
         rows = [row for row in options.rows if row not in UNTUNED]
         for size in sorted({row.count("+") for row in rows}):
             study.tune([row for row in rows if row.count("+") == size])

@@ -52,17 +52,19 @@ def trials(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:
 def at_the_edge(lines: list[Line]) -> list[tuple[str, dict[str, float]]]:
     """For every row whose best weight is the largest or the smallest tried, the next ones to try.
 
-    Of a combination, the last weight is the one that is tried.
+    Of a combination, the last weight is the one that is tried; none is at the end of the ladder.
     """
-    following = []
+    following: list[tuple[str, dict[str, float]]] = []
     for row, best in tuned(lines).items():
         part = list(best)[-1]
         tried = [line["weights"][part] for line in lines if line["row"] == row]
-        place = LADDER.index(best[part])
         if best[part] == max(tried):
-            following.append((row, {**best, part: LADDER[place + 1]}))
+            beyond = [weight for weight in LADDER if weight > best[part]][:1]
         elif best[part] == min(tried):
-            following.append((row, {**best, part: LADDER[place - 1]}))
+            beyond = [weight for weight in LADDER if weight < best[part]][-1:]
+        else:
+            beyond = []
+        following += [(row, {**best, part: weight}) for weight in beyond]
     return following
 
 
