@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -283,15 +282,17 @@ def _center_and_scale(t: Tensor) -> tuple[Tensor, Tensor]:
     """Of each cloud, (B, C) and (B,): its mean, and the factor that makes its spread 1.
 
     The spread is the mean squared distance between its points: twice the variance, summed over C.
-    Points that all coincide have none; a fraction of their distance from the origin stands in.
+    Points that coincide but for rounding have none; their squared distance from the origin stands
+    in, or 1: a cloud without spread must not outweigh all others.
     """
     wide = t.detach()
     wide = wide if wide.dtype == torch.float64 else wide.float()
     mean = cloud_mean(wide)
     centered = wide - per_point(mean, wide)
     norms = pointwise(lambda v: torch.linalg.vector_norm(v, dim=-1).square(), centered)
-    floor = 1e-6 * mean.square().sum(-1) + math.sqrt(torch.finfo(torch.float32).tiny)
-    return mean, torch.maximum(2 * cloud_mean(norms), floor).rsqrt()
+    spread, offset = 2 * cloud_mean(norms), mean.square().sum(-1)
+    stand_in = torch.where(offset > 0, offset, 1.0)
+    return mean, torch.where(spread > 1e-10 * offset, spread, stand_in).rsqrt()
 
 
 def _placed(points: Tensor, center: Tensor, scale: Tensor) -> Tensor:
