@@ -346,6 +346,8 @@ def test_copies_of_a_captured_model_record_nothing(model, x):
         ("xyz", ValueError, "at the top level there are 'encoder', 'act', 'head'"),
         ([], ValueError, "layers: expected at least one path, got none"),
         ([3], TypeError, "layers: every path: expected a str, got int"),
+        (3, TypeError, "layers: expected a path .*, or several, got int"),
+        (nn.Sequential(nn.ReLU()), TypeError, "layers: expected a path .* got Sequential"),
     ],
 )
 def test_bad_paths(model, layers, error, message):

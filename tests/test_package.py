@@ -69,6 +69,8 @@ def test_make_commands_of_the_documentation_exist():
 @pytest.mark.parametrize("module", _public_modules(), ids=lambda m: m.__name__)
 def test_public_names_exist_and_are_documented(module):
     assert inspect.getdoc(module), f"{module.__name__} does not say what it is for"
+    if module.__name__.count(".") < 2:
+        assert module.__all__, f"{module.__name__} does not say which of its names are public"
     for name, value in _public_objects(module).items():
         assert inspect.getdoc(value), f"{module.__name__}.{name} has no docstring"
 

@@ -23,6 +23,8 @@ from fad_loss._ragged import is_ragged, pack, wrap
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+__all__ = ["CapturedFeatures", "capture_features", "ragged"]
+
 LAYOUTS: Mapping[str, bool] = {"bnc": False, "bcn": True}
 """Names of the layouts of dense features, and whether the points come last."""
 
@@ -441,7 +443,7 @@ def capture_features(
         A mapping from path to features, see `CapturedFeatures`.
 
     Raises:
-        TypeError: `model` is no module, or is TorchScript.
+        TypeError: `model` is no module, or is TorchScript; or `layers` are not paths.
         ValueError: no layers, or a path that the model does not have; similar ones are listed.
 
     Example:
@@ -452,6 +454,12 @@ def capture_features(
         torch.Size([4, 8])
     """
     _check_type("model", model, nn.Module)
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+        message = (
+            f"layers: expected a path as in model.named_modules(), or several, got "
+            f"{type(layers).__name__}"
+        )
+        raise TypeError(message)
     paths = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
     if not paths:
         message = "layers: expected at least one path, got none"

@@ -34,6 +34,8 @@ from fad_loss._ragged import (
 )
 from fad_loss.features import as_points
 
+__all__ = ["cka", "knowledge_lost", "neighbor_agreement", "set_distances"]
+
 # Features whose deviations are smaller than this, relative to their size, are called constant: it
 # is far above float64's rounding of a mean, and far below float32's resolution.
 _CONSTANT = 1e-12

@@ -20,6 +20,16 @@ from torch import Tensor
 from fad_loss._checks import check_tensor, choose, describe
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise
 
+__all__ = [
+    "Hinge",
+    "LeastSquares",
+    "NonSaturating",
+    "Objective",
+    "Relativistic",
+    "Wasserstein",
+    "get_objective",
+]
+
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values

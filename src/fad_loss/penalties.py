@@ -19,6 +19,8 @@ from fad_loss._checks import check_tensor, describe
 from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, pointwise, unpack
 from fad_loss.objectives import as_scores
 
+__all__ = ["lecam", "penalized_scores", "r1", "r2"]
+
 
 def r1(scores: Tensor, features: Tensor) -> Tensor:
     r"""Half the expected squared norm of the gradient of the score, at the teacher's features.
