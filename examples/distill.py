@@ -21,9 +21,10 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ import readers
 import report
 from data import DataError, Dataset, synthetic
 from fad_loss import FeatureAdversarialLoss
-from methods import DISCRIMINATORS, METHODS, Distilled, Network, Supervised, title
+from methods import DISCRIMINATORS, METHODS, Distilled, Network, Supervised, adversarial, title
 from training import Run, Settings, fit, load_checkpoint
 from views import Views
 
@@ -53,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--teacher", type=Path, help="checkpoint of a teacher that this example trained")
     add("--teacher-arch", choices=networks.ARCHITECTURES, default="pointnet")
     add("--student-arch", choices=networks.ARCHITECTURES, help="default: the teacher's")
-    add("--compress", type=float, default=40, help="how many times fewer parameters (40)")
+    add("--compress", type=_positive, default=40, help="how many times fewer parameters (40)")
     add(
         "--loss",
         nargs="+",
@@ -66,7 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", choices=["teacher"], help="stop after the teacher")
     add("--weights", nargs="+", type=_weight, default=[], metavar="METHOD=WEIGHT",
         help="of the terms (methods.WEIGHTS)")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="of kd (1)")
+    add("--temperature", type=_positive, default=1.0, help="of kd (1)")
     add("--discriminator", default="paired", help="of fad (paired)", choices=[
         "teacher", "paired", "point", "neighborhood", "cloud", "match", *DISCRIMINATORS,
     ])  # fmt: skip
@@ -84,11 +85,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=_count, help="of the students (default: 18 synthetic, else 30)")
     add("--teacher-epochs", type=_count, help="(default: 12 synthetic, else 30)")
     add("--batch-size", type=_count, default=32)
-    add("--learning-rate", type=float, default=6e-3, help="of the students (0.006)")
-    add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
-    add("--weight-decay", type=float, default=0.05)
-    add("--label-smoothing", type=float, default=0.1)
-    add("--jitter", type=float, default=0.0, help="noise on every point, standard deviation (0)")
+    add("--learning-rate", type=_positive, default=6e-3, help="of the students (0.006)")
+    add("--teacher-learning-rate", type=_positive, default=1e-3, help="(0.001)")
+    add("--weight-decay", type=_amount, default=0.05)
+    add("--label-smoothing", type=_share, default=0.1)
+    add("--jitter", type=_amount, default=0.0, help="noise on every point, standard deviation (0)")
     add("--rotate", action="store_true", help="turn clouds about z while training")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -145,6 +146,42 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
+    try:
+        if fits(float(text)):
+            return float(text)
+    except ValueError:
+        pass
+    message = f"expected {expected}, got {text!r}"
+    raise argparse.ArgumentTypeError(message)
+
+
+def _positive(text: str) -> float:
+    return _number(text, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def _amount(text: str) -> float:
+    return _number(text, "a number of at least 0", lambda value: 0 <= value < math.inf)
+
+
+def _share(text: str) -> float:
+    return _number(text, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+def check_losses(options: argparse.Namespace) -> None:
+    """Find what is wrong with the options of the losses before any network is trained."""
+    used = {name for method in options.loss for name in method.split("+")}
+    for name, _ in options.weights:
+        if name not in used:
+            message = f"--weights {name}: not a part of --loss {' '.join(options.loss)}"
+            raise DataError(message)
+    try:
+        adversarial((8, 8), options.discriminator, objective=options.objective, **dict(options.fad))
+    except (ValueError, TypeError) as error:
+        message = f"--loss fad: {error}"
+        raise DataError(message) from error
+
+
 def load_data(options: argparse.Namespace) -> Dataset:
     """The clouds to train and test on."""
     if options.data == "synthetic":
@@ -180,6 +217,7 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
+        check_losses(options)
         try:
             self.device = torch.device(options.device)
             torch.empty(1, device=self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -125,9 +125,7 @@ class Distilled(Supervised):
                 for network in (student, teacher)
             ]
             if name == "fad":
-                make = DISCRIMINATORS.get(discriminator)
-                options["discriminator"] = make(sizes[1]) if make else discriminator
-                term = FeatureAdversarialLoss(*sizes, weight=given.get(name), **options)
+                term = adversarial(sizes, discriminator, weight=given.get(name), **options)
                 self.weights[name] = term.weight
             else:
                 term = METHODS[name](
@@ -352,6 +350,16 @@ DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "narrow": lambda _: TeacherDiscriminator(condition="point", bandwidths=[0.3]),
     "wide": lambda _: TeacherDiscriminator(condition="point", bandwidths=[3.0]),
 }
+
+
+def adversarial(sizes: Sequence[int], discriminator: str, **options: Any) -> FeatureAdversarialLoss:
+    """The library's loss, with a discriminator of its own or of `DISCRIMINATORS`."""
+    make = DISCRIMINATORS.get(discriminator)
+    return FeatureAdversarialLoss(
+        *sizes, discriminator=make(sizes[1]) if make else discriminator, **options
+    )
+
+
 # What they are called with, if not the features of points.
 COMPARED = {
     "kd": "logits", "logit": "logits",

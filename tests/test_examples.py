@@ -444,7 +444,11 @@ def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, caps
         (["--teacher", "{other}"], "not a checkpoint of this example"),
         (["--device", "nonsense"], "--device nonsense: "),
         (["--output", "{clouds}/inside"], "--output "),
-        (["--fad", "max_points=1"], "--loss fad: max_points: expected"),
+        (["--fad", "max_points=1", "--teacher", "absent.pt"], "--loss fad: max_points: expected"),
+        (
+            ["--loss", "kd", "mse", "--weights", "fad=1"],
+            "--weights fad: not a part of --loss kd mse",
+        ),
         (["--compress", "1e6", "--teacher", "{teacher}"], "has as few as 3 parameters"),
     ],
 )
@@ -484,6 +488,11 @@ def test_a_teacher_of_other_classes(teacher, tmp_path, capsys):
         ["--weights", "kd=much"],
         ["--fad", "student_channels=3"],
         ["--fad", "lecam=("],
+        ["--compress", "0"],
+        ["--temperature", "nan"],
+        ["--learning-rate", "fast"],
+        ["--weight-decay", "-1"],
+        ["--label-smoothing", "1"],
     ],
 )
 def test_wrong_options(options, capsys):
