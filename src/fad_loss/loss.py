@@ -259,12 +259,13 @@ class FeatureAdversarialLoss(nn.Module):
         return self._discriminator_term(fake.detach(), real, labels, None)
 
     def statistics(self) -> dict[str, Tensor]:
-        """What to log, as detached scalar tensors, of the latest step.
+        """What to log, as detached scalar tensors, of the latest training step.
 
         ``student_loss`` (unweighted), ``discriminator_loss``, ``real_score`` and ``fake_score``
         (means), ``accuracy`` (the share of scores on the right side of the midpoint between the two
-        means: 0.5 means that the features cannot be told apart), ``penalty``, ``weight`` (with
-        warm-up and balance in it), ``non_finite`` (how many features were NaN or infinite), and
+        means: 0.5 means that the features cannot be told apart), ``penalty`` (the latest that was
+        computed), ``weight`` (with warm-up and balance in it), ``non_finite`` (how many features
+        were NaN or infinite), and
         ``untrained_parameters``: how many of the loss's trainable parameters still hold the values
         that they were made or loaded with. Once training runs it should be 0 (or 1, where an
         objective compares scores and their common bias has no gradient); if it is more, put
@@ -448,7 +449,7 @@ class FeatureAdversarialLoss(nn.Module):
         fake, real = fake.to(dtype), real.to(dtype)
         with torch.no_grad():
             bad = count_non_finite(flat(fake)) + count_non_finite(flat(real))
-            self._log(non_finite=bad)
+        self._log(non_finite=bad)
         kind = self._discriminator_dtype(dtype)
         if not self.normalize:
             return fake.to(kind), real.to(kind), labels
@@ -536,6 +537,11 @@ class FeatureAdversarialLoss(nn.Module):
         """
         if self.max_points is None or is_ragged(fake):
             return fake, real
+        if (
+            fake.shape[1] != real.shape[1]
+            and getattr(self.discriminator, "condition", "") == "point"
+        ):
+            return fake, real  # for the discriminator to refuse: equal numbers would hide it
         if max(fake.shape[1], real.shape[1]) <= self.max_points:
             return fake, real
         keys = torch.rand(fake.shape[:2], device=fake.device)
@@ -604,16 +610,25 @@ class FeatureAdversarialLoss(nn.Module):
             raise ValueError(message)
         return choose("discriminator", discriminator, _DISCRIMINATORS)(self.teacher_channels)
 
-    @torch.no_grad()
     def _log(self, **values: Tensor) -> None:
+        if not self._updating:
+            return
         for name, value in values.items():
             self._logged[_STATISTICS.index(name)] = value.detach().to(self._logged.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert or move; what was not trained before still is not, even if it was rounded."""
+        """Convert or move; what was not trained before still is not, even if it was rounded.
+
+        Statistics stay in float32 at least: in half precision they would overflow, or stand still.
+        """
         before = untrained(self, self._made_with)
+        statistics = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._made_with = converted(self, self._made_with, before)
+        for name, given in statistics.items():
+            now = getattr(self, name)
+            if now.dtype in {torch.float16, torch.bfloat16}:
+                setattr(self, name, given.to(now.device, torch.float32))
         return self
 
     def get_extra_state(self) -> dict[str, int]:
@@ -670,9 +685,10 @@ def _check_name(argument: str, value: object, known: Iterable[str]) -> None:
 def _accepted_keywords(discriminator: nn.Module) -> tuple[str, ...]:
     """Which of reference, labels and student the discriminator's forward takes."""
     parameters = inspect.signature(discriminator.forward).parameters
+    taken = set(parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return ("reference", "labels")
-    return tuple(name for name in ("reference", "labels", "student") if name in parameters)
+        taken |= {"reference", "labels"}
+    return tuple(name for name in ("reference", "labels", "student") if name in taken)
 
 
 def _check_labels(labels: object, student: Tensor) -> None:

@@ -99,3 +99,11 @@ def test_discriminators_that_look_at_single_points_see_all():
 def test_errors(limit, error):
     with pytest.raises(error, match="max_points: expected"):
         make(limit)
+
+
+def test_points_that_cannot_correspond_are_refused_before_they_are_drawn():
+    fad = FeatureAdversarialLoss(3, 3, discriminator="paired", max_points=4)
+    student, teacher = torch.randn(2, 8, 3), torch.randn(2, 16, 3)
+    for _ in (fad.train(), fad.eval()):
+        with pytest.raises(ValueError, match=r"condition: .*\(2, 8, 3\).*\(2, 16, 3\)"):
+            fad(student, teacher)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fad_loss import FeatureAdversarialLoss
+from fad_loss import FeatureAdversarialLoss, TeacherDiscriminator
 
 from .cases import STUDENT, TEACHER, blind, features, make
 
@@ -140,3 +140,41 @@ def test_nothing_is_logged_from_a_loss_that_has_not_run():
     statistics = make("teacher").statistics()
     assert set(statistics) == NAMES
     assert statistics["discriminator_loss"] == 0
+
+
+def test_are_those_of_training():
+    fad = make("teacher")
+    student, teacher, _ = features()
+    fad(student, teacher)
+    before = fad.statistics()
+    with torch.no_grad():
+        fad(student + 10, teacher)
+    fad.eval()(student + 10, teacher)
+    assert fad.statistics() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stay_in_float32_where_half_precision_would_overflow(dtype):
+    fad = FeatureAdversarialLoss(4, 4, weight=1e5).to(dtype)
+    student, teacher = torch.randn(2, 64, 4), 1000 * torch.randn(2, 64, 4)
+    fad(student.to(dtype), teacher.to(dtype))
+    assert fad.batches == 1
+    torch.testing.assert_close(
+        fad.teacher_variance, teacher.flatten(0, 1).var(0, correction=0), rtol=0.02, atol=0
+    )
+    assert fad.statistics()["weight"] == 1e5
+
+
+def test_a_discriminator_with_open_keywords_gets_the_student_that_it_names():
+    class Wrapped(TeacherDiscriminator):
+        def forward(self, features, student=None, **keywords):
+            return super().forward(features, student=student, **keywords)
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 8, 3), torch.randn(2, 8, 3)
+    plain, wrapped = (
+        FeatureAdversarialLoss(3, 3, discriminator=d, adapter="identity")
+        for d in (TeacherDiscriminator(), Wrapped())
+    )
+    assert torch.equal(plain(student, teacher), wrapped(student, teacher))
+    assert plain.statistics() == wrapped.statistics()
