@@ -143,3 +143,20 @@ def test_bad_heads():
 def test_bad_head_input(name, features, reference, labels, message):
     with pytest.raises(ValueError, match=message):
         build(name, torch.float32)(features, reference, labels)
+
+
+def test_a_class_that_the_head_rules_out_weighs_nothing():
+    class Masked(nn.Module):
+        """Knows a class that no cloud of this category can have, as part segmentation does."""
+
+        def forward(self, x):
+            return torch.cat([x, torch.full_like(x[..., :1], -torch.inf)], -1)
+
+    torch.manual_seed(0)
+    z, reference = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 5, 4)
+    discriminator = HeadDiscriminator(Masked())
+    assert torch.equal(discriminator(reference, reference), torch.zeros(2))
+    scores = discriminator(z, reference)
+    torch.testing.assert_close(scores, HeadDiscriminator(nn.Identity())(z, reference))
+    scores.sum().backward()
+    assert z.grad.isfinite().all()

@@ -137,7 +137,9 @@ class HeadDiscriminator(nn.Module):
         opinion = self._opinion("features", features)
         if self._to_teacher:
             wanted = self._wanted(features, reference)
-            scores = (wanted.exp() * (opinion - wanted)).sum(-1)
+            # A class that the head rules out (a logit of -inf) weighs nothing, and is no 0 * inf.
+            difference = (opinion - wanted).masked_fill(wanted == -torch.inf, 0)
+            scores = (wanted.exp() * difference).sum(-1)
         else:
             scores = self._log_probability(opinion, features, labels)
         return scores if self._pool is not None else repacked(scores, features)
