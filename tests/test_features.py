@@ -123,6 +123,7 @@ V = torch.zeros(6, 2)
         (V, {"batch": [-1, 0, 0, 0, 0, 0]}, ValueError, "from 0 to 0 for 1 clouds, got -1 to 0"),
         (V, {"batch": [0, 0, 0, 0, 3, 3], "batch_size": 3}, ValueError, "got 0 to 3"),
         (V, {"batch": [0] * 6, "batch_size": 0}, ValueError, "batch_size: expected at least 1"),
+        (V, {"batch": [0] * 6, "batch_size": 1.0}, TypeError, "batch_size: expected an int, got f"),
         (V, {"lengths": [6], "batch_size": 1}, ValueError, "batch_size: only goes with batch"),
         (V, {"lengths": torch.tensor([6.0])}, TypeError, "lengths: expected integers, got float32"),
         (V, {"lengths": torch.tensor([[6]])}, ValueError, r"one dimension, got int64.*\(1, 1\)"),
@@ -268,6 +269,8 @@ def test_handle_over_many_steps(model, x):
 
 def test_unknown_key_of_a_capture(model):
     features = capture_features(model, "encoder.conv5")
+    assert 5 not in features
+    assert features.get(5) is None
     assert repr(features) == "CapturedFeatures('encoder.conv5')"
     with pytest.raises(
         KeyError, match=r"'encoder.conv' is not being captured.*mean 'encoder.conv5"

@@ -183,6 +183,14 @@ def test_bad_devices():
     x = torch.zeros(5, 2)
     with pytest.raises(ValueError, match=r"same device, got .* on cpu and .* on meta"):
         cka(x, x.to("meta"))
+    with pytest.raises(ValueError, match=r"student, teacher: .* same device, got .* on meta"):
+        set_distances(x, x.to("meta"))
+
+
+def test_set_distances_name_their_empty_cloud():
+    values = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"teacher: expected no empty clouds.*\[1\]"):
+        set_distances(ragged(values, lengths=[2, 2]), ragged(values, lengths=[4, 0]))
 
 
 # -- Neighbours ----------------------------------------------------------------------------------

@@ -211,6 +211,9 @@ def _clouds(batch: Tensor, batch_size: int | None, total: int) -> int:
         raise ValueError(message)
     if batch_size is None:
         return int(batch[-1]) + 1
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        message = f"batch_size: expected an int, got {type(batch_size).__name__} {batch_size!r}"
+        raise TypeError(message)
     if batch_size < 1:
         message = f"batch_size: expected at least 1, got {batch_size}"
         raise ValueError(message)
@@ -340,7 +343,7 @@ class CapturedFeatures(Mapping[str, Any]):
         except KeyError:
             pass
         if layer not in self.layers:
-            near = get_close_matches(layer, self.layers, n=1)
+            near = get_close_matches(str(layer), self.layers, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             message = (
                 f"{layer!r} is not being captured, only {', '.join(map(repr, self.layers))}{hint}"

@@ -431,6 +431,13 @@ def set_distances(
         check_tensor(name, features)
         check_finite(name, pack(features)[0] if is_ragged(features) else features)
         pair.append(pointwise(_promoted, as_points(features, name=name)))
+        _check_filled(name, pair[-1])
+    if pair[0].device != pair[1].device:
+        message = (
+            "student, teacher: expected the same device, got "
+            f"{describe(student)} and {describe(teacher)}"
+        )
+        raise ValueError(message)
     if pair[0].dtype != pair[1].dtype:
         pair = [pointwise(_accurate, cloud) for cloud in pair]
     if pair[0].shape[0] != pair[1].shape[0] or pair[0].shape[-1] != pair[1].shape[-1]:
