@@ -412,7 +412,7 @@ class FeatureAdversarialLoss(nn.Module):
         self._check_scores(scores, features)
         return scores
 
-    def _check_scores(self, scores: object, features: Tensor) -> None:
+    def _check_scores(self, scores: Tensor, features: Tensor) -> None:
         fits = False
         if isinstance(scores, Tensor):
             if is_ragged(features) and is_ragged(scores):
@@ -427,6 +427,7 @@ class FeatureAdversarialLoss(nn.Module):
                 f"{describe(features)}; squeeze a trailing axis of size 1, for example"
             )
             raise ValueError(message)
+        check_finite("discriminator: scores", flat(scores))
 
     # ------------------------------------------------------------------------------- features
 

@@ -263,6 +263,11 @@ CALLS = {
         ValueError,
         r"discriminator: .* got float32 of shape \(\)",
     ),
+    "scores that are not finite": (
+        lambda: make(discriminator=Returns(lambda z: z.sum(-1).log() * torch.inf))(S, T),
+        ValueError,
+        "discriminator: scores: .* of 10 values are NaN or infinite",
+    ),
     "scores in a tuple": (
         lambda: make(discriminator=Returns(lambda z: (z, z)))(S, T),
         ValueError,
