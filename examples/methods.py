@@ -337,7 +337,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
 # The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
 # knows its own.
 WEIGHTS = {
-    "head": 3.0, "last": 100.0, "kd": 3.0,
+    "head": 3.0, "last": 100.0, "kd": 3.0, "logit": 0.03,
     "mse": 0.03, "fitnet": 30.0, "fitnet-last": 3.0, "sp": 30.0, "rkd": 3.0, "crd": 0.3,
     "chamfer": 30.0, "energy": 30.0, "mmd": 300.0, "sinkhorn": 30.0,
 }  # fmt: skip
