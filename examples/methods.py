@@ -300,10 +300,14 @@ class SetDistance(Matched):
         if self.name == "energy":
             return distances.energy(x, y) / channels**0.5
         if self.name == "mmd":
-            spread = channels**0.5  # about the distance of two standardised features
-            return distances.mmd(x, y, ops.Gaussian([0.5 * spread, spread, 2 * spread]))
+            return distances.mmd(x, y, gaussians(channels))
         plan = distances.sinkhorn(x, y, 0.1 * channels, max_iterations=10, tolerance=None)
         return plan / channels
+
+
+def gaussians(channels: int) -> ops.Gaussian:
+    """Kernels around the distance of two standardised features."""
+    return ops.Gaussian([factor * channels**0.5 for factor in (0.5, 1.0, 2.0)])
 
 
 def judged(*channels: int, head: nn.Module, **_: float) -> nn.Module:
@@ -343,7 +347,8 @@ WEIGHTS = {
 }  # fmt: skip
 # Variants that have no name in the library; called with the teacher's channels.
 DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
-    "witness": lambda _: TeacherDiscriminator(mode="witness"),
+    "witness": lambda channels: TeacherDiscriminator(mode="witness", kernel=gaussians(channels)),
+    "energy-witness": lambda _: TeacherDiscriminator(mode="witness", kernel=ops.Energy()),
     "embedded": lambda channels: TeacherDiscriminator(embedding=32, channels=channels),
     "sharp": lambda _: TeacherDiscriminator(bandwidths=[0.1]),
     "sharper": lambda _: TeacherDiscriminator(bandwidths=[0.03]),

@@ -75,7 +75,11 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "fad": {
         "8points": ["--fad", "max_points=8"],
         "16points": ["--fad", "max_points=16"],
-        **{name: ["--discriminator", name] for name in ("sharp", "sharper", "witness", "embedded")},
+        **{
+            name: ["--discriminator", name]
+            for name in ("sharp", "sharper", "witness", "energy-witness", "embedded")
+        },
+        "witness-16points": ["--discriminator", "witness", "--fad", "max_points=16"],
     },
     "fad-paired": {
         "balanced": ["--fad", "balance=True"],
