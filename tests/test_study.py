@@ -83,6 +83,7 @@ def test_every_line_of_the_results_can_be_run_again():
             for line in tables.read(study.RESULTS, setting, split):
                 (loss,) = distill.parse(study.how(line["row"])).loss
                 assert f"--loss {loss} " in line["command"]
+                assert " /" not in line["command"]
 
 
 def test_tuning_then_running_then_nothing_is_left(runs, capsys):

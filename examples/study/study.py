@@ -146,7 +146,8 @@ class Study:
             message = f"{shlex.join(command)}: {text[-1] if text else 'failed'}"
             raise SystemExit(message)
         results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-        return {**results, "command": shlex.join([str(DISTILL.relative_to(ROOT)), *command[1:]])}
+        # As it would be given in the checkout, wherever that lies.
+        return {**results, "command": shlex.join(command).replace(f"{ROOT}{os.sep}", "")}
 
     def teacher(self, split: str) -> str:
         """The checkpoint of the teacher that a split's students learn from."""
