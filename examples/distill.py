@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ])  # fmt: skip
     add("--objective", default="hinge", choices=[
         "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
-    add("--fad", nargs="+", type=_setting, default=[], metavar="NAME=VALUE",
+    add("--fad", nargs="+", type=_setting, default=[], action="extend", metavar="NAME=VALUE",
         help="more arguments of FeatureAdversarialLoss: balance=True, max_points=32")  # fmt: skip
     add("--curriculum", choices=["first", "fade"], help="the terms first, then the task too; or "
         "terms that fade to nothing")  # fmt: skip

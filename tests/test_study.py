@@ -65,7 +65,12 @@ def test_every_row_is_a_command_of_the_example():
             assert options.loss[0].count("+") == row.count("+")
     options = distill.parse(study.how("fad-paired-16points+fad-head+kd"))
     assert options.loss == ["fad+head+kd"]
-    assert (options.discriminator, options.fad) == ("paired", [("max_points", 16)])
+    assert (options.discriminator, dict(options.fad)) == ("paired", {"max_points": 16})
+    # Two parts may have options each.
+    assert dict(distill.parse(study.how("fad-paired-balanced")).fad) == {
+        "max_points": 64,
+        "balance": True,
+    }
     assert distill.parse(study.how("fad-sharp")).discriminator == "sharp"
 
 

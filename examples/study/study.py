@@ -65,9 +65,10 @@ PARTS: dict[str, list[str]] = {
         )
     },
     "fad": ["--discriminator", "teacher"],
+    "fad-paired": ["--discriminator", "paired", "--fad", "max_points=64"],
     **{
         f"fad-{name}": ["--discriminator", name]
-        for name in ("paired", "point", "neighborhood", "cloud", "match")
+        for name in ("point", "neighborhood", "cloud", "match")
     },
 }  # fmt: skip
 # One thing changed of a part; it takes the weight of that part unless it was tuned itself.

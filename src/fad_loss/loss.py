@@ -104,13 +104,11 @@ class FeatureAdversarialLoss(nn.Module):
         penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
         lecam: weight of the LeCam regulariser in the discriminator's loss.
         max_points: in training, compare at most so many points of each cloud, drawn anew at every
-            step; None compares all. Only for discriminators that compare all pairs of points, like
-            the default: their cost grows with the square. Student and teacher keep the same points
-            if they have the same number of them. Ragged clouds, and all clouds in evaluation, are
-            compared whole. With 64 of 256 points the gradient of a batch had a cosine of 0.97 with
-            that of all (``examples/study/results/gradients.json``);
-            fewer made worse students of "teacher". Of "paired" 16 made better ones than 64, over
-            three seeds on either split (``fad-paired-16points`` in the tables).
+            step; None compares all; "auto" takes the discriminator's `default_max_points`, from the
+            same tables: 64, but 16 for "paired". Only for discriminators that compare all pairs of
+            points, like the default, and have that attribute: their cost grows with the square.
+            Student and teacher keep the same points if they have the same number of them. Ragged
+            clouds, global features, and everything in evaluation are compared whole.
         layout: "bnc" for features `(B, N, C)`, "bcn" for `(B, C, N)`.
 
     Shape:
@@ -163,7 +161,7 @@ class FeatureAdversarialLoss(nn.Module):
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
-        max_points: int | None = 64,
+        max_points: int | str | None = "auto",
         layout: str = "bnc",
     ) -> None:
         """See the class."""
@@ -174,7 +172,6 @@ class FeatureAdversarialLoss(nn.Module):
         self.gradient_penalty = _amount("gradient_penalty", gradient_penalty)
         self.penalty_every = _count("penalty_every", penalty_every, 1)
         self.lecam = _amount("lecam", lecam)
-        self.max_points = None if max_points is None else _count("max_points", max_points, 2)
         for name, switch in (("normalize", normalize), ("balance", balance)):
             if not isinstance(switch, bool):
                 message = f"{name}: expected True or False, got {describe(switch)}"
@@ -189,6 +186,16 @@ class FeatureAdversarialLoss(nn.Module):
         if weight is None:
             weight = 1.0 if balance else getattr(self.discriminator, "default_weight", 1.0)
         self.weight = _amount("weight", weight)
+        enough = getattr(self.discriminator, "default_max_points", None)
+        self._draws = enough is not None
+        if isinstance(max_points, str) and max_points != "auto":
+            message = (
+                "max_points: expected a number of at least 2, None (all) or 'auto', got "
+                f"{max_points!r}"
+            )
+            raise ValueError(message)
+        limit = enough if max_points == "auto" else max_points
+        self.max_points = None if limit is None else _count("max_points", limit, 2)
         self._keywords = _accepted_keywords(self.discriminator)
         if normalize and not getattr(self.discriminator, "standardized", True):
             message = (
@@ -444,7 +451,7 @@ class FeatureAdversarialLoss(nn.Module):
             _check_labels(labels, student)
             # The batch is the set: the labels of the clouds are those of its points.
             labels = labels.unsqueeze(0) if student.dim() == 2 and labels.dim() == 1 else labels
-        if self.training and getattr(self.discriminator, "quadratic", False):
+        if self.training and self._draws and student.dim() > 2:
             fake, real = self._draw(fake, real)
         fake = pointwise(self._adapt, fake)
         dtype = torch.promote_types(fake.dtype, real.dtype)

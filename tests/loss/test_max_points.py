@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fad_loss import FeatureAdversarialLoss, TeacherDiscriminator, ragged
+from fad_loss import FeatureAdversarialLoss, MatchDiscriminator, TeacherDiscriminator, ragged
 
 
 class Spy(TeacherDiscriminator):
@@ -95,7 +95,25 @@ def test_discriminators_that_look_at_single_points_see_all():
     assert fad.discriminator.seen.shape == (2, 20, 3)
 
 
-@pytest.mark.parametrize("limit, error", [(1, ValueError), (8.0, TypeError)])
+def test_global_features_are_compared_whole():
+    fad = make(8)
+    fad(torch.randn(20, 3), torch.randn(20, 3))
+    assert fad.discriminator.seen[0].shape == (1, 20, 3)
+
+
+def test_without_a_limit_the_discriminators_own_is_taken():
+    def limit(discriminator, **options):
+        return FeatureAdversarialLoss(3, 3, discriminator=discriminator, **options).max_points
+
+    assert limit("teacher") == TeacherDiscriminator().default_max_points == 64
+    assert limit("paired") == TeacherDiscriminator(condition="point").default_max_points == 16
+    assert limit("paired", max_points=5) == 5
+    assert limit("paired", max_points=None) is None
+    assert limit("point") is limit("match") is limit(nn.Linear(3, 1)) is None
+    assert limit(MatchDiscriminator(3, distance="energy")) == 64
+
+
+@pytest.mark.parametrize("limit, error", [(1, ValueError), (8.0, TypeError), ("all", ValueError)])
 def test_errors(limit, error):
     with pytest.raises(error, match="max_points: expected"):
         make(limit)

@@ -116,9 +116,9 @@ class MatchDiscriminator(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     @property
-    def quadratic(self) -> bool:
-        """Whether the cost grows with the square of the number of points."""
-        return self.distance != "pooled"
+    def default_max_points(self) -> int | None:
+        """How many points of a cloud suffice in training: 64, where all pairs are compared."""
+        return None if self.distance == "pooled" else 64
 
     def extra_repr(self) -> str:
         """Shown by ``print(discriminator)``."""
