@@ -285,7 +285,7 @@ def test_labels_per_point_of_ragged_clouds():
     [
         ("teacher", TeacherDiscriminator().default_weight),
         ("paired", TeacherDiscriminator(condition="point").default_weight),
-        (TeacherDiscriminator(mode="witness"), 1.0),
+        (TeacherDiscriminator(mode="witness"), 3.0),
         ("match", MatchDiscriminator.default_weight),
         ("point", PointDiscriminator.default_weight),
         (torch.nn.Linear(TEACHER, 1), 1.0),

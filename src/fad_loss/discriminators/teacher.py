@@ -88,8 +88,8 @@ class TeacherDiscriminator(nn.Module):
     """From the tables of weights in ``examples/study/results/report.md``. 100 for log-ratios: 100
     and 300 were the best at the higher of two learning rates (at the lower one 10, of 0.3 to 30).
     300 with ``condition="point"``, which was better than 100 over three seeds
-    (``fad-paired-16points``). 1 for "witness", whose kernels differ in scale: with the Gaussian
-    ones of ``fad-witness``, 300 was the best, with the energy distance 3 was tried alone."""
+    (``fad-paired-16points``). 3 for "witness", which was tried with its own kernel; others differ
+    in scale: with the Gaussian ones of ``fad-witness`` 300 was the best."""
 
     default_max_points: int
     """How many points of a cloud the loss draws in training, where it says "auto": the cost grows
@@ -134,9 +134,8 @@ class TeacherDiscriminator(nn.Module):
             )
             raise TypeError(message)
         self.mode, self.condition, self.backend = mode, condition, backend
-        weight, points = (300.0, 16) if condition else (100.0, 64)
-        self.default_weight = 1.0 if self.witness else weight
-        self.default_max_points = points
+        self.default_weight = 3.0 if self.witness else 300.0 if condition else 100.0
+        self.default_max_points = 16 if condition else 64
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:
             message = "bandwidths: expected at least one number, got an empty sequence"
