@@ -88,7 +88,10 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "warmup": ["--fad", "warmup_steps=300"],
         "8points": ["--fad", "max_points=8"],
         "16points": ["--fad", "max_points=16"],
-        "relativistic": ["--objective", "relativistic"],
+        **{
+            name: ["--objective", name]
+            for name in ("non_saturating", "least_squares", "relativistic")
+        },
         "first": ["--curriculum", "first"],
         "fade": ["--curriculum", "fade"],
         **{name: ["--discriminator", name] for name in ("narrow", "wide")},

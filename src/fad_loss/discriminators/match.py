@@ -117,7 +117,7 @@ class MatchDiscriminator(nn.Module):
 
     @property
     def default_max_points(self) -> int | None:
-        """How many points of a cloud suffice in training: 64, where all pairs are compared."""
+        """64 where all pairs of points are compared, None where none are."""
         return None if self.distance == "pooled" else 64
 
     def extra_repr(self) -> str:

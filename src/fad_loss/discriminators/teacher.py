@@ -92,9 +92,10 @@ class TeacherDiscriminator(nn.Module):
     in scale: with the Gaussian ones of ``fad-witness`` 300 was the best."""
 
     default_max_points: int
-    """How many points of a cloud the loss draws in training, where it says "auto": the cost grows
-    with the square of their number. 64, whose gradient in a batch had a cosine of 0.97 with that of
-    256 (``examples/study/results/gradients.json``), and fewer made worse students; with
+    """What ``max_points="auto"`` of the loss stands for. The cost grows with the square of it.
+
+    64, whose gradient in a batch had a cosine of 0.97 with that of 256
+    (``examples/study/results/gradients.json``), and fewer made worse students; with
     ``condition="point"`` 16, which made better ones than 64, over three seeds on either split
     (``fad-paired-16points`` in the tables)."""
 
