@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ import networks  # noqa: E402
 import readers  # noqa: E402
 from data import Clouds, Dataset, synthetic  # noqa: E402
 from methods import METHODS, Distilled, Network, Seen, teach  # noqa: E402
+from study import commit  # noqa: E402
 from training import load_checkpoint  # noqa: E402
 
 DISCRIMINATORS = ("teacher", "paired", "match")
@@ -160,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
         "points": options.points,
         "student": load_checkpoint(options.student)["history"][-1],
         "torch": torch.__version__,
+        "commit": commit(),
+        "command": shlex.join(sys.argv),
         "terms": list(strength(bench)),
         "sampling": list(sampling(bench)),
     }
