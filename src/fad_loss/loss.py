@@ -123,8 +123,11 @@ class FeatureAdversarialLoss(nn.Module):
         TypeError: not floating-point tensors.
 
     The defaults and the study (``examples/study/results/report.md``): of the discriminators that
-    need no correspondence "teacher" was the best. For `objective`, `normalize` and `warmup_steps`
-    one trial each (``fad-paired-*``) gave no reason to change them.
+    need no correspondence "teacher" (``fad``) was the best on the validation split, level with a
+    Gaussian witness (``fad-witness-16points``), which was ahead by half a point on test clouds, but
+    scatters a student that is far away. For `objective`, `normalize`, `warmup_steps`,
+    `gradient_penalty` and `lecam` one trial each (``fad-paired-*``, ``fad-point-*``) gave no reason
+    to change them.
 
     Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
     then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated

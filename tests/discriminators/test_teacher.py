@@ -255,6 +255,21 @@ def test_gradient_points_to_the_teacher(mode):
     assert (torch.nn.functional.cosine_similarity(gradient, towards, -1) > 0.5).float().mean() > 0.9
 
 
+def test_far_from_the_teacher_a_gaussian_witness_scatters_the_points():
+    # Why it is not the default, nor the default kernel of witnesses: what the documentation says.
+    t, s = cloud(3, 64, 64) + 5, cloud(3, 64, 64, seed=1).requires_grad_()
+    gaussians = ops.Gaussian([4.0, 8.0, 16.0])
+    towards = t.mean(1, keepdim=True) - s.detach()
+
+    def pulled(discriminator):
+        (gradient,) = torch.autograd.grad(discriminator(s, reference=t).sum(), s)
+        return float(((gradient * towards).sum(-1) > 0).float().mean())
+
+    assert pulled(TeacherDiscriminator()) == 1
+    assert pulled(TeacherDiscriminator(mode="witness")) == 1
+    assert pulled(TeacherDiscriminator(mode="witness", kernel=gaussians)) < 0.3
+
+
 @pytest.mark.parametrize("mode", ["log_ratio", "witness"])
 def test_only_what_is_scored_gets_a_gradient(mode):
     z, t, s = (cloud(1, 5, 3, seed=i).requires_grad_() for i in range(3))

@@ -56,7 +56,8 @@ class TeacherDiscriminator(nn.Module):
         condition: None, or "point" if the points of student and teacher correspond; for
             "log_ratio".
         kernel: of `fad_loss.ops`, on features as they come; for "witness", where the default is
-            `fad_loss.ops.Energy`.
+            `fad_loss.ops.Energy`, which pulls from any distance. Gaussian kernels push the points
+            of a student that is far away apart more than they pull them near.
         embedding: a module that maps features before they are compared, trained by the
             discriminator's loss (as in MMD-GAN); or a width, for one linear layer of `channels`
             inputs with spectral norm.
