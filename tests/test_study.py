@@ -176,6 +176,9 @@ def test_a_loss_that_is_not_ahead_is_said_not_to_be():
     assert list(rows) == ["mse", "fad"]
     found = tables.verdicts(rows)
     assert all("no. fad minus mse: -0.50 points, standard error 0.82" in line for line in found)
+    # More seeds than three of one row do not silence the others.
+    more = {**rows, "fad": [*rows["fad"], *rows["fad"]]}
+    assert tables.verdicts(more)[0].startswith("- FAD ahead of every other single feature loss")
     # A row of a single seed claims nothing.
     lucky = {**rows, "fad-paired": [line("fad-paired", 0.9, 0)]}
     assert tables.verdicts(lucky) == found
