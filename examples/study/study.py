@@ -78,7 +78,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "16points": ["--fad", "max_points=16"],
         **{
             name: ["--discriminator", name]
-            for name in ("sharp", "sharper", "witness", "energy-witness", "embedded")
+            for name in ("near", "sharp", "sharper", "witness", "energy-witness", "embedded")
         },
         "witness-16points": ["--discriminator", "witness", "--fad", "max_points=16"],
     },
