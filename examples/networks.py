@@ -71,24 +71,28 @@ class MaxPoolLayer(nn.Module):
             pooled = torch.bmm(won, weight.unsqueeze(-1)).squeeze(-1).t()
         else:
             pooled = scores.amax(dim=-1).t() * sign
-        mean, variance = self._statistics(flat)
+        if self.training:
+            center = flat.mean(dim=0)
+            centered = flat - center
+            covariance = centered.t() @ centered / len(flat)
+            mean, variance = batch_statistics(norm, weight, center, covariance, len(flat))
+        else:
+            mean, variance = norm.running_mean, norm.running_var
         scale = norm.weight * torch.rsqrt(variance + norm.eps)
         return (pooled - mean) * scale + norm.bias
 
-    def _statistics(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every output, over this batch or the running ones."""
-        norm, weight = self.norm, self.linear.weight
-        if not self.training:
-            return norm.running_mean, norm.running_var
-        center = flat.mean(dim=0)
-        centered = flat - center
-        covariance = centered.t() @ centered / len(flat)
-        mean, variance = weight @ center, ((weight @ covariance) * weight).sum(dim=-1)
-        with torch.no_grad():
-            norm.num_batches_tracked += 1
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * (len(flat) / (len(flat) - 1)), norm.momentum)
-        return mean, variance
+
+def batch_statistics(
+    norm: nn.BatchNorm1d, weight: Tensor, mean: Tensor, covariance: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ``weight x``, from those of `count` vectors x; the norm keeps them."""
+    mean = weight @ mean
+    variance = ((weight @ covariance) * weight).sum(dim=-1).clamp(min=0)  # rounding
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    return mean, variance
 
 
 class TransformNet(nn.Module):
@@ -159,8 +163,9 @@ class PointNet(nn.Module):
 class EdgeConv(nn.Module):
     """EdgeConv: max over each point's neighbours of ``h(x_j - x_i, x_i)``, h a linear layer.
 
-    ``W [x_j - x_i, x_i] = A x_j + (B - A) x_i``: two linear maps per point and a gather give the
-    same as one linear map per edge, at a fraction of the cost.
+    ``W [x_j - x_i, x_i] = A x_j + (B - A) x_i``: two linear maps per point instead of one per edge.
+    And as in `MaxPoolLayer`, only the neighbour that wins is normed, by the mean and variance of
+    all edges, which follow from the covariance of ``[x_j, x_i]``: nothing is held per edge.
     """
 
     def __init__(self, inputs: int, outputs: int, neighbors: int) -> None:
@@ -175,14 +180,36 @@ class EdgeConv(nn.Module):
         from fad_loss import ops  # noqa: PLC0415
 
         batch, count, _ = points.shape
-        neighbors = min(self.neighbors, count)
-        _, index = ops.knn(points.detach(), points.detach(), neighbors)
+        _, index = ops.knn(points.detach(), points.detach(), min(self.neighbors, count))
         start = torch.arange(batch, device=points.device).view(batch, 1, 1) * count
-        gathered = F.embedding((index + start).flatten(0, 1), self.neighbor(points).flatten(0, 1))
-        edges = gathered + self.center(points).flatten(0, 1).unsqueeze(1)
-        normed = self.activation(self.norm(edges.flatten(0, 1)))
-        pooled = normed.unflatten(0, (batch * count, neighbors)).max(dim=1).values
-        return pooled.unflatten(0, (batch, count))
+        index, flat = (index + start).flatten(0, 1), points.flatten(0, 1)
+        # Norm multiplies by its weight: where that is negative, the smallest value wins.
+        sign = torch.where(self.norm.weight < 0, -1.0, 1.0).to(flat.dtype).detach()
+        won = F.embedding_bag(index, self.neighbor(flat) * sign, mode="max") * sign
+        if self.training:
+            weight = torch.cat([self.neighbor.weight, self.center.weight], dim=1)
+            mean, variance = batch_statistics(self.norm, weight, *_edges(flat, index))
+        else:
+            mean, variance = self.norm.running_mean, self.norm.running_var
+        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
+        normed = (won + self.center(flat) - mean) * scale + self.norm.bias
+        return self.activation(normed).unflatten(0, (batch, count))
+
+
+def _edges(flat: Tensor, index: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and covariance of ``[x_j, x_i]`` over all edges from i to j, and how many there are."""
+    center = flat.mean(dim=0)
+    centered, edges = flat - center, index.numel()
+    degree = torch.bincount(index.flatten(), minlength=len(flat)).to(flat.dtype)
+    sums = F.embedding_bag(index, centered, mode="sum")
+    mean = torch.cat([sums.sum(dim=0) / edges, torch.zeros_like(center)])
+    mixed = sums.t() @ centered
+    columns = [
+        torch.cat([(centered * degree.unsqueeze(-1)).t() @ centered, mixed.t()]),
+        torch.cat([mixed, centered.t() @ centered * index.shape[1]]),
+    ]
+    covariance = torch.cat(columns, dim=1) / edges - torch.outer(mean, mean)
+    return mean + torch.cat([center, center]), covariance, edges
 
 
 class DGCNN(nn.Module):

@@ -119,18 +119,33 @@ def test_max_pool_layer_is_linear_norm_and_max(mode):
         torch.testing.assert_close(layer.eval()(points), layer.eval()(points.requires_grad_()))
 
 
-def test_edge_conv_is_a_linear_layer_on_edges():
-    layer = networks.EdgeConv(3, 6, neighbors=4).double()
-    points = torch.randn(2, 10, 3, dtype=torch.float64)
+@pytest.mark.parametrize("mode", [True, False])
+def test_edge_conv_is_a_linear_layer_on_edges(mode):
+    layer = networks.EdgeConv(3, 6, neighbors=4).double().train(mode)
+    with torch.no_grad():
+        layer.norm.weight.copy_(torch.tensor([-1, -0.5, -0.1, 0.2, 0.7, 1]))
+        layer.norm.running_mean.normal_()
+    a, b = layer.neighbor.weight, layer.center.weight
+    weights = [a, b, layer.norm.weight, layer.norm.bias]
+    points = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 10, 6, dtype=torch.float64)
+
+    mean, variance = layer.norm.running_mean.clone(), layer.norm.running_var.clone()
     index = torch.cdist(points, points).topk(4, largest=False).indices
     neighbors = points[torch.arange(2)[:, None, None], index]
     centers = points.unsqueeze(2).expand_as(neighbors)
-    a, b = layer.neighbor.weight, layer.center.weight
     weight = torch.cat([a, a + b], dim=1)  # W [x_j - x_i, x_i], so its second half is A + B
-    edges = torch.cat([neighbors - centers, centers], dim=-1) @ weight.T
-    normed = layer.norm(edges.flatten(0, 2)).unflatten(0, edges.shape[:3])
-    expected = F.leaky_relu(normed, 0.2).max(dim=2).values
-    torch.testing.assert_close(layer(points), expected)
+    edges = (torch.cat([neighbors - centers, centers], dim=-1) @ weight.T).flatten(0, 2)
+    normed = F.batch_norm(edges, mean, variance, *weights[2:], training=mode, momentum=0.1)
+    expected = F.leaky_relu(normed, 0.2).unflatten(0, (2, 10, 4)).max(dim=2).values
+    wanted = torch.autograd.grad((expected * cotangent).sum(), [points, *weights])
+
+    output = layer(points)
+    got = torch.autograd.grad((output * cotangent).sum(), [points, *weights])
+    for ours, theirs in zip([output, *got], [expected, *wanted], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(layer.norm.running_mean, mean)
+    torch.testing.assert_close(layer.norm.running_var, variance)
 
 
 # ------------------------------------------------------------------------------------- methods
