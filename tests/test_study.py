@@ -214,6 +214,21 @@ def test_an_ablation_takes_the_weight_of_what_it_changes(runs):
     assert weights == dict(zip(chosen, (0.3, 0.3, 1.0, 1.0, 1.0), strict=True))
 
 
+def test_weights_are_borrowed_where_none_were_tried(runs):
+    options = ["--data", "clouds", "--rows", "mse"]
+    study.main(["tune", "pointnet", *options])
+    study.main(["run", "across", *options])
+    lines = tables.read(study.RESULTS, "across", "test")
+    assert [line["weights"] for line in lines] == [{"mse": 0.3}] * 3
+    report = study.RESULTS / "report.md"
+    assert "No weights were tried here: every row has those of `pointnet`." in report.read_text()
+    study.main(["tune", "across", *options])
+    assert "every row has those of" not in report.read_text()
+    assert tables.tried(study.RESULTS, "across") == tables.read(
+        study.RESULTS, "across", "validation"
+    )
+
+
 def test_a_row_with_several_weights_is_several_rows():
     lines = [
         {"row": row, "weights": {row: w}, "accuracy": a}

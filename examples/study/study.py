@@ -15,7 +15,8 @@ setting, and once more without the validation clouds for `tune`.
 Every method gets the same epochs, and from `tune` its weight by the same rule: the best of
 `WEIGHTS`, or of the next ones while the best is the first or the last, judged on a tenth of the
 training clouds and never on the test clouds. Of a combination, the last part is tuned so beside the
-others; one that was not tuned takes the weights of its parts.
+others; one that was not tuned takes the weights of its parts. A setting of `tables.BORROWED` in
+which nothing was tuned takes all weights from another setting: do they carry over?
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Study:
 
         Of a combination that was not, those of its longest beginning that was, and of the others.
         """
-        tuned = tables.tuned(tables.read(RESULTS, self.setting, "validation"))
+        tuned = tables.tuned(tables.tried(RESULTS, self.setting))
         parts = row.split("+")
         for count in range(len(parts), 0, -1):
             found = tuned.get("+".join(parts[:count]))

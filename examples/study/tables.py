@@ -11,6 +11,8 @@ from typing import Any
 Line = dict[str, Any]
 # The weights that may be tried.
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+# Whose weights a setting takes where none were tried in it.
+BORROWED = {"dgcnn": "pointnet", "across": "pointnet"}
 COLUMNS = (
     "student", "accuracy, %", "seeds", "gap recovered", "corrupted, %", "information lost", "CKA",
     "s", "weights",
@@ -28,6 +30,12 @@ def read(results: Path, setting: str, split: str) -> list[Line]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def tried(results: Path, setting: str) -> list[Line]:
+    """The lines that a setting's weights follow from: its own trials, or those it borrows."""
+    own = read(results, setting, "validation")
+    return own or read(results, BORROWED.get(setting, setting), "validation")
 
 
 def tuned(lines: list[Line]) -> dict[str, dict[str, float]]:
@@ -260,8 +268,14 @@ def write(results: Path) -> int:
     for setting in settings:
         lines = read(results, setting, "test")
         text += [*table(setting, lines), f"![{setting}]({setting}.png)", ""]
-        tried = read(results, setting, "validation")
-        text += weights(tried) if tried else []
+        trials_here = read(results, setting, "validation")
+        if trials_here:
+            text += weights(trials_here)
+        elif setting in BORROWED:
+            text += [
+                f"No weights were tried here: every row has those of `{BORROWED[setting]}`.",
+                "",
+            ]
         plot(results / f"{setting}.png", setting, lines)
     if settings:
         (results / "report.md").write_text("\n".join(text), encoding="utf-8")
