@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,6 +148,29 @@ def test_a_setting_takes_the_teacher_that_is_there(runs):
         state = load_checkpoint(path)
         network = networks.build(state["description"]["arch"], state["description"]["classes"])
         network.load_state_dict(state["network"])
+
+
+def test_the_commit_is_marked_if_more_than_the_results_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        user = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", tmp_path, *user, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "HERE", tmp_path / "study")
+    assert study.commit() == "unknown"
+    (tmp_path / "study" / "results").mkdir(parents=True)
+    code, lines = tmp_path / "code.py", tmp_path / "study" / "results" / "lines.jsonl"
+    for file in (code, lines):
+        file.write_text("1\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    head = study.commit()
+    assert len(head) == 12
+    lines.write_text("2\n")
+    assert study.commit() == head
+    code.write_text("2\n")
+    assert study.commit() == f"{head}-dirty"
 
 
 def test_the_report_says_what_the_lines_say(runs):

@@ -333,10 +333,16 @@ def epochs(log: Path) -> list[dict[str, float]]:
 
 
 def commit() -> str:
-    """The commit of the checkout, with a mark if there were changes."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit of the checkout, with a mark if more was changed than the results."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    results = (HERE / "results").relative_to(ROOT).as_posix()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{results}")
+    return f"{head}-dirty" if changed else head or "unknown"
 
 
 def main(arguments: list[str] | None = None) -> int:
