@@ -350,6 +350,7 @@ DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "witness": lambda channels: TeacherDiscriminator(mode="witness", kernel=gaussians(channels)),
     "energy-witness": lambda _: TeacherDiscriminator(mode="witness", kernel=ops.Energy()),
     "embedded": lambda channels: TeacherDiscriminator(embedding=32, channels=channels),
+    "broad": lambda _: TeacherDiscriminator(bandwidths=[0.3, 1.0, 3.0]),
     "near": lambda _: TeacherDiscriminator(bandwidths=[0.1, 0.3, 1.0]),
     "sharp": lambda _: TeacherDiscriminator(bandwidths=[0.1]),
     "sharper": lambda _: TeacherDiscriminator(bandwidths=[0.03]),

@@ -65,7 +65,7 @@ PARTS: dict[str, list[str]] = {
             "chamfer", "energy", "mmd", "sinkhorn", "fad-head", "fad-last",
         )
     },
-    "fad": ["--discriminator", "teacher"],
+    "fad": ["--discriminator", "broad"],
     "fad-paired": ["--discriminator", "paired", "--fad", "max_points=64"],
     **{
         f"fad-{name}": ["--discriminator", name]

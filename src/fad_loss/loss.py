@@ -79,8 +79,7 @@ class FeatureAdversarialLoss(nn.Module):
         student_channels: C of the student's features.
         teacher_channels: C of the teacher's features.
         discriminator: "teacher" (no parameters: the teacher's features are the discriminator),
-            "paired" (the same where point i of the student is point i of the teacher: the best one
-            in ``examples/study/results/report.md``),
+            "paired" (the same where point i of the student is point i of the teacher),
             "point", "neighborhood", "cloud", "match", or any module called as
             ``discriminator(features, reference=..., labels=...)`` (those of the keywords that its
             forward has) that returns one score per point or per cloud.
@@ -122,12 +121,12 @@ class FeatureAdversarialLoss(nn.Module):
             (``normalize=False``), or NaN or infinity in a CPU tensor.
         TypeError: not floating-point tensors.
 
-    The defaults and the study (``examples/study/results/report.md``): of the discriminators that
-    need no correspondence "teacher" (``fad``) was the best on the validation split, level with a
-    Gaussian witness (``fad-witness-16points``), which was ahead by half a point on test clouds, but
-    scatters a student that is far away. For `objective`, `normalize`, `warmup_steps`,
-    `gradient_penalty` and `lecam` one trial each (``fad-paired-*``, ``fad-point-*``) gave no reason
-    to change them.
+    The defaults and the study (``examples/study/results/report.md``): on test clouds "teacher"
+    (``fad-sharp``) was the best of all losses on one layer of features, ahead of "paired"
+    (``fad-paired-16points``) and MMD by about the standard error of the difference, though it needs
+    no correspondence; on the validation split "paired" was ahead. For `objective`, `normalize`,
+    `warmup_steps`, `gradient_penalty` and `lecam` one trial each (``fad-paired-*``,
+    ``fad-point-*``) gave no reason to change them.
 
     Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
     then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated

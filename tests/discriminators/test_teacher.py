@@ -59,7 +59,7 @@ def witness(z, t, s, kernel, own):
 
 
 FORMULAS = {
-    "default": (TeacherDiscriminator, lambda *a: log_ratio(*a[:3], (0.3, 1.0, 3.0), a[3])),
+    "default": (TeacherDiscriminator, lambda *a: log_ratio(*a[:3], (0.1,), a[3])),
     "one bandwidth": (
         lambda: TeacherDiscriminator(bandwidths=[0.7]),
         lambda *a: log_ratio(*a[:3], (0.7,), a[3]),
@@ -219,8 +219,8 @@ def test_a_dead_teacher_cloud_does_not_outweigh_the_others(place, condition):
     scores = discriminator(student, reference=teacher)
     torch.testing.assert_close(scores[[0, 2]], alive[[0, 2]])
     (gradient,) = torch.autograd.grad(scores.sum(), student)
-    assert scores.abs().max() < 100
-    assert gradient.abs().max() < 100
+    assert scores.abs().max() < 1000
+    assert gradient.abs().max() < 1000
 
 
 @given(
@@ -371,7 +371,8 @@ def test_copies_and_pickles():
     for twin in (copy.deepcopy(discriminator), pickle.loads(pickle.dumps(discriminator))):
         assert torch.equal(twin(s, reference=t), expected)
     assert "Gaussian" in repr(discriminator)
-    assert "0.3" in repr(TeacherDiscriminator())
+    assert "0.1" in repr(TeacherDiscriminator())
+    assert "0.3, 1.0, 3.0" in repr(TeacherDiscriminator(condition="point"))
 
 
 def test_has_no_parameters_and_no_state_by_default():

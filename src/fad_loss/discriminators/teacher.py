@@ -22,6 +22,7 @@ from fad_loss.discriminators._layers import check_width, linear
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
 _MODES = {"log_ratio": False, "witness": True}
+_NARROW, _NARROW_AND_WIDE = (0.1,), (0.3, 1.0, 3.0)
 
 
 class TeacherDiscriminator(nn.Module):
@@ -52,7 +53,11 @@ class TeacherDiscriminator(nn.Module):
     Args:
         mode: "log_ratio" or "witness".
         bandwidths: the factors m, in units of the cloud's mean squared distance between teacher
-            points; for "log_ratio". Wide ones see far, narrow ones see detail.
+            points; for "log_ratio". Wide ones see the whole set, narrow ones the nearest points.
+            None, the default, takes one of 0.1, which made better students than the three of 0.3,
+            1 and 3 and than narrower ones (``fad-sharp``, ``fad``, ``fad-near`` and ``fad-sharper``
+            in ``examples/study/results/report.md``); with ``condition="point"``, where it made no
+            difference (``fad-paired-narrow``, ``-wide``), those three.
         condition: None, or "point" if the points of student and teacher correspond; for
             "log_ratio".
         kernel: of `fad_loss.ops`, on features as they come; for "witness", where the default is
@@ -86,11 +91,11 @@ class TeacherDiscriminator(nn.Module):
     """
 
     default_weight: float
-    """From the tables of weights in ``examples/study/results/report.md``. 100 for log-ratios: 100
-    and 300 were the best at the higher of two learning rates (at the lower one 10, of 0.3 to 30).
-    300 with ``condition="point"``, which was better than 100 over three seeds
-    (``fad-paired-16points``). 3 for "witness", which was tried with its own kernel; others differ
-    in scale: with the Gaussian ones of ``fad-witness`` 300 was the best."""
+    """From the tables of weights in ``examples/study/results/report.md``, of the default bandwidths
+    and kernel; with others scores are of another scale. 30 for log-ratios (``fad-sharp``; 300 was
+    the best with the wider bandwidths of ``fad``, whose pull is as strong then). 300 with
+    ``condition="point"``, which was better than 100 over three seeds (``fad-paired-16points``). 3
+    for "witness"; with the Gaussian kernels of ``fad-witness`` 300 was the best."""
 
     default_max_points: int
     """What ``max_points="auto"`` of the loss stands for. The cost grows with the square of it.
@@ -104,7 +109,7 @@ class TeacherDiscriminator(nn.Module):
         self,
         *,
         mode: str = "log_ratio",
-        bandwidths: Sequence[float] = (0.3, 1.0, 3.0),
+        bandwidths: Sequence[float] | None = None,
         condition: str | None = None,
         kernel: Kernel | None = None,
         embedding: nn.Module | int | None = None,
@@ -129,14 +134,16 @@ class TeacherDiscriminator(nn.Module):
         if condition and self.witness:
             message = 'condition: only mode="log_ratio" takes one; set condition=None'
             raise ValueError(message)
+        if bandwidths is None:
+            bandwidths = _NARROW_AND_WIDE if condition else _NARROW
         if not isinstance(bandwidths, (tuple, list)):
             message = (
-                "bandwidths: expected several numbers, (0.3, 1.0, 3.0) say, got "
+                f"bandwidths: expected several numbers, {_NARROW_AND_WIDE} say, got "
                 f"{describe(bandwidths)}"
             )
             raise TypeError(message)
         self.mode, self.condition, self.backend = mode, condition, backend
-        self.default_weight = 3.0 if self.witness else 300.0 if condition else 100.0
+        self.default_weight = 3.0 if self.witness else 300.0 if condition else 30.0
         self.default_max_points = 16 if condition else 64
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:
