@@ -345,12 +345,15 @@ WEIGHTS = {
     "mse": 0.03, "fitnet": 30.0, "fitnet-last": 3.0, "sp": 30.0, "rkd": 3.0, "crd": 0.3,
     "chamfer": 30.0, "energy": 30.0, "mmd": 300.0, "sinkhorn": 30.0,
 }  # fmt: skip
+BROAD = (0.3, 1.0, 3.0)
 # Variants that have no name in the library; called with the teacher's channels.
 DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "witness": lambda channels: TeacherDiscriminator(mode="witness", kernel=gaussians(channels)),
     "energy-witness": lambda _: TeacherDiscriminator(mode="witness", kernel=ops.Energy()),
-    "embedded": lambda channels: TeacherDiscriminator(embedding=32, channels=channels),
-    "broad": lambda _: TeacherDiscriminator(bandwidths=[0.3, 1.0, 3.0]),
+    "embedded": lambda channels: TeacherDiscriminator(
+        bandwidths=BROAD, embedding=32, channels=channels
+    ),
+    "broad": lambda _: TeacherDiscriminator(bandwidths=BROAD),
     "near": lambda _: TeacherDiscriminator(bandwidths=[0.1, 0.3, 1.0]),
     "sharp": lambda _: TeacherDiscriminator(bandwidths=[0.1]),
     "sharper": lambda _: TeacherDiscriminator(bandwidths=[0.03]),

@@ -44,7 +44,7 @@ WEIGHTS = (0.3, 3.0, 30.0)
 FURTHER = 2
 
 # What is distilled; options of distill.py. Sized for hours on two CPU cores: there the teacher is
-# asked once about eight views of every cloud.
+# asked once about a few views of every cloud.
 SETTINGS: dict[str, list[str]] = {
     "synthetic": ["--points", "64", "--epochs", "18", "--teacher-epochs", "12"],
     "pointnet": ["--points", "256", "--epochs", "12", "--teacher-epochs", "30", "--views", "8"],
@@ -52,9 +52,9 @@ SETTINGS: dict[str, list[str]] = {
     "slow": ["--points", "256", "--epochs", "12", "--teacher-epochs", "30", "--views", "8",
              "--learning-rate", "0.001", "--temperature", "4"],
     "dgcnn": ["--teacher-arch", "dgcnn", "--points", "256", "--epochs", "12",
-              "--teacher-epochs", "30", "--views", "8"],
+              "--teacher-epochs", "12", "--views", "4"],
     "across": ["--teacher-arch", "dgcnn", "--student-arch", "pointnet", "--points", "256",
-               "--epochs", "12", "--teacher-epochs", "30", "--views", "8"],
+               "--epochs", "12", "--teacher-epochs", "12", "--views", "4"],
 }  # fmt: skip
 # A row is "alone" or some of these joined by "+"; options of distill.py that a part needs.
 PARTS: dict[str, list[str]] = {
