@@ -116,8 +116,12 @@ ROWS = (
     "fad-paired+fad-last", "fad-paired+fad-last+kd", "fad-paired+fad-last+fad-head",
 )  # fmt: skip
 UNTUNED = {"alone"}
-# Trained by distill.py --points 256 --teacher-epochs 25 on all training clouds of ModelNet40.
-TEACHERS = dict.fromkeys(("pointnet", "slow"), HERE / "teachers" / "pointnet.pt")
+# Trained by distill.py --only teacher --points 256 on all training clouds of ModelNet40, with
+# --teacher-epochs 25, or --teacher-arch dgcnn --teacher-epochs 12.
+TEACHERS = {
+    **dict.fromkeys(("pointnet", "slow"), HERE / "teachers" / "pointnet.pt"),
+    **dict.fromkeys(("dgcnn", "across"), HERE / "teachers" / "dgcnn.pt"),
+}
 
 
 class Study:
