@@ -122,11 +122,10 @@ class FeatureAdversarialLoss(nn.Module):
         TypeError: not floating-point tensors.
 
     The defaults and the study (``examples/study/results/report.md``): on test clouds "teacher"
-    (``fad-sharp``) was the best of all losses on one layer of features, ahead of "paired"
-    (``fad-paired-16points``) and MMD by about the standard error of the difference, though it needs
-    no correspondence; on the validation split "paired" was ahead. For `objective`, `normalize`,
-    `warmup_steps`, `gradient_penalty` and `lecam` one trial each (``fad-paired-*``,
-    ``fad-point-*``) gave no reason to change them.
+    (``fad-sharp``) and "paired" (``fad-paired-16points``) were level, and the best of all losses on
+    one layer of features, if by no more than the noise; and "teacher" needs no correspondence. For
+    `objective`, `normalize`, `warmup_steps`, `gradient_penalty` and `lecam` one trial each
+    (``fad-paired-*``, ``fad-point-*``) gave no reason to change them.
 
     Under ``DistributedDataParallel`` wrap one module whose forward returns this loss. Each rank
     then standardises by the teacher's statistics of rank 0 (whose buffers DDP hands out), updated

@@ -100,10 +100,10 @@ class TeacherDiscriminator(nn.Module):
     default_max_points: int
     """What ``max_points="auto"`` of the loss stands for. The cost grows with the square of it.
 
-    64, whose gradient in a batch had a cosine of 0.97 with that of 256
-    (``examples/study/results/gradients.json``), and fewer made worse students; with
-    ``condition="point"`` 16 (0.95), which made better ones than 64, over three seeds on either
-    split (``fad-paired-16points`` in the tables)."""
+    64, whose gradient in a batch had a cosine of 0.92 with that of 256
+    (``examples/study/results/gradients.json``), and fewer made worse students (``fad-16points`` in
+    the tables, of wider bandwidths); with ``condition="point"`` 16 (0.84), which made better ones
+    than 64, over three seeds on either split (``fad-paired-16points``)."""
 
     def __init__(
         self,
