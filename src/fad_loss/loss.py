@@ -242,10 +242,13 @@ class FeatureAdversarialLoss(nn.Module):
             A scalar; call `backward` on it once, with the loss of the task added or not.
         """
         fake, real, labels = self._prepare(self._tapped(student), teacher, labels)
-        student_term, fake_scores = self._student_term(fake, real, labels)
-        if not self._updating:
+        updating = self._updating
+        # If nothing learns, the scores of the one term are those of the other.
+        both = updating and not self._learns
+        student_term, known = self._student_term(fake, real, labels, both=both)
+        if not updating:
             return student_term
-        discriminator_term = self._discriminator_term(fake.detach(), real, labels, fake_scores)
+        discriminator_term = self._discriminator_term(fake.detach(), real, labels, known)
         return student_term + discriminator_term
 
     def student_loss(
@@ -310,35 +313,39 @@ class FeatureAdversarialLoss(nn.Module):
         return self.balance.tap(student, self._weight_now())
 
     def _student_term(
-        self, fake: Tensor, real: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The student against a discriminator that stands still."""
-        scores = self._score(fake, real, labels, frozen=True)
-        real_scores = None
-        if self.objective.needs_real:
-            with torch.no_grad():
-                real_scores = self._score(real, real, labels, student=fake.detach(), frozen=True)
+        self, fake: Tensor, real: Tensor, labels: Tensor | None, *, both: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The student against a discriminator that stands still; both scores, if known."""
+        scores: Tensor
+        real_scores: Tensor | None = None
+        if both or self.objective.needs_real:
+            scores, real_scores = self._frozen_scores(fake, real, labels)
+        else:
+            scores = self._score(fake, real, labels, frozen=True)
         loss = self.objective.student(scores, real_scores)
         weight = self._weight_now(loss.dtype)
         if self._updating:
             # Not in place: a compiled backward may compute the weight again, from what it was here.
             self.steps = self.steps + 1
         self._log(student_loss=loss, weight=weight, fake_score=cloud_mean(scores).mean())
-        return weight * loss, scores.detach()
+        return weight * loss, None if real_scores is None else (scores.detach(), real_scores)
 
     def _discriminator_term(
-        self, fake: Tensor, real: Tensor, labels: Tensor | None, fake_scores: Tensor | None
+        self,
+        fake: Tensor,
+        real: Tensor,
+        labels: Tensor | None,
+        known: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """The discriminator against features that stand still."""
+        penalty = None
         if self._learns:
             real_scores, fake_scores, penalty = self._pair_scores(fake, real, labels)
+        elif known is not None:
+            fake_scores, real_scores = known
         else:
-            # Nothing learns: the scores of the student's term are as good as new ones.
             with torch.no_grad():
-                if fake_scores is None:
-                    fake_scores = self._score(fake, real, labels)
-                real_scores = self._score(real, real, labels, student=fake)
-            penalty = None
+                fake_scores, real_scores = self._frozen_scores(fake, real, labels)
         loss = self.objective.discriminator(real_scores, fake_scores)
         with torch.no_grad():
             means = torch.stack([cloud_mean(s).mean() for s in (real_scores, fake_scores)])
@@ -360,6 +367,20 @@ class FeatureAdversarialLoss(nn.Module):
                 latest = torch.where(torch.isfinite(latest).all(), latest, self.average_scores)
                 self.average_scores.lerp_(latest, 1 - _DECAY)
         return loss
+
+    def _frozen_scores(
+        self, fake: Tensor, real: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of the student and of the teacher, by a discriminator that stands still."""
+        judge = self.discriminator
+        if type(judge) is TeacherDiscriminator and judge.embedding is None:
+            scores, real_scores = judge.both(fake, real)
+            self._check_scores(scores, fake)
+            self._check_scores(real_scores, real)
+            return scores, real_scores
+        scores = self._score(fake, real, labels, frozen=True)
+        with torch.no_grad():
+            return scores, self._score(real, real, labels, student=fake.detach(), frozen=True)
 
     def _pair_scores(
         self, fake: Tensor, real: Tensor, labels: Tensor | None

@@ -196,6 +196,41 @@ def test_two_identical_clouds_have_a_closed_form():
         torch.testing.assert_close(real, -score)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bandwidths": (0.3, 1.0), "condition": "point"},
+        {"mode": "witness"},
+        {"embedding": 2, "channels": 3},
+    ],
+)
+@pytest.mark.parametrize("unequal", [False, True])
+def test_both_scores_are_those_of_two_calls(options, unequal):
+    torch.manual_seed(0)
+    discriminator = TeacherDiscriminator(**options).double().eval()
+    t, s = cloud(2, 12, 3), cloud(2, 12, 3, seed=1)
+    if unequal:
+        lengths = torch.tensor([5, 7, 12])
+        t, s = (ragged(x.flatten(0, 1), lengths=lengths) for x in (t, s))
+    results = []
+    for together in (True, False):
+        values = s.clone().requires_grad_()
+        if together:
+            fake, real = discriminator.both(values, t)
+        else:
+            fake = discriminator(values, reference=t)
+            real = discriminator(t, reference=t, student=values)
+        assert not (together and real.requires_grad)
+        flat = [x.values() if unequal else x for x in (fake, real)]
+        (gradient,) = torch.autograd.grad(flat[0].sum(), values)
+        results.append([*flat, gradient.values() if unequal else gradient])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+    with pytest.raises(ValueError, match="reference: expected the same clouds as features"):
+        discriminator.both(cloud(3, 12, 3), cloud(2, 12, 3))
+
+
 def test_points_that_all_coincide_score_zero():
     x = torch.full((2, 5, 3), 4.0).requires_grad_()
     for discriminator in (TeacherDiscriminator(), TeacherDiscriminator(mode="witness")):

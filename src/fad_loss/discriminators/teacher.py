@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -187,23 +187,49 @@ class TeacherDiscriminator(nn.Module):
                 "call discriminator(features, reference=teacher_features)"
             )
             raise ValueError(message)
-        of_student, of_teacher = student is None, features is reference
+        of_teacher = features is reference
         for name, cloud in (("features", features), ("reference", reference), ("student", student)):
             if cloud is not None:
                 _check_points(name, cloud)
                 _check_clouds(name, cloud, features)
-        t = self._embed(reference.detach())
-        where = None if self.witness else _center_and_scale(t)
-
-        def place(embedded: Tensor) -> Tensor:
-            return embedded if where is None else _placed(embedded, *where)
-
-        t = place(t)
+        t, place = self._place(reference)
         z = t if of_teacher and not features.requires_grad else place(self._embed(features))
         if student is not None:
             s = place(self._embed(student.detach()))
         else:
             s = z.detach() if self.embedding is None else place(self._embed(features.detach()))
+        return self._scores(z, t, s, of_teacher=of_teacher, of_student=student is None)
+
+    def both(self, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the student's `features`, and of the teacher's, which carry no gradient.
+
+        The same as from ``discriminator(features, reference=reference)`` and
+        ``discriminator(reference, reference=reference, student=features)``, but what the two have
+        in common is computed once.
+        """
+        for name, cloud in (("features", features), ("reference", reference)):
+            _check_points(name, cloud)
+            _check_clouds(name, cloud, features)
+        t, place = self._place(reference)
+        z = place(self._embed(features))
+        s = z.detach()
+        fake = self._scores(z, t, s, of_teacher=False, of_student=True)
+        with torch.no_grad():
+            real = self._scores(t, t, s, of_teacher=True, of_student=False)
+        return fake, real
+
+    def _place(self, reference: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The teacher's points as they are compared, and what makes others comparable to them."""
+        t = self._embed(reference.detach())
+        if self.witness:
+            return t, lambda embedded: embedded
+        where = _center_and_scale(t)
+        return _placed(t, *where), lambda embedded: _placed(embedded, *where)
+
+    def _scores(
+        self, z: Tensor, t: Tensor, s: Tensor, *, of_teacher: bool, of_student: bool
+    ) -> Tensor:
+        """Of z, between the points of the teacher and the student, of which it may be one set."""
         if self.witness:
             near = ops.kernel_mean(z, t, self.kernel, exclude_self=of_teacher, backend=self.backend)
             own = ops.kernel_mean(z, s, self.kernel, exclude_self=of_student, backend=self.backend)
