@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fad_loss
-from fad_loss import _checks
-from fad_loss._checks import check_finite, check_tensor, choose, describe, look
-from fad_loss.features import ragged
+from fad_loss import _checks, ragged
+from fad_loss._checks import check_finite, check_tensor, look
+from fad_loss._errors import choose, describe
 
 
 def test_only_concrete_cpu_values_are_looked_at():

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fad_loss import metrics
-from fad_loss.features import ragged
+from fad_loss import metrics, ragged
 from fad_loss.metrics import cka, knowledge_lost, neighbor_agreement, set_distances
 
 

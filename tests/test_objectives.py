@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fad_loss.features import ragged
+from fad_loss import ragged
 from fad_loss.objectives import (
     OBJECTIVES,
     Hinge,

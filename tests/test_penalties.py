@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fad_loss import ragged
 from fad_loss._ragged import cloud_sum, pointwise
-from fad_loss.features import ragged
 from fad_loss.penalties import lecam, penalized_scores, r1, r2
 
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fad_loss import _ragged
-from fad_loss.features import ragged
+from fad_loss import _ragged, ragged
 
 LENGTHS = [2, 0, 3, 1, 0]
 

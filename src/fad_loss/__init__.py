@@ -7,6 +7,7 @@
 
 from fad_loss import distances, metrics, objectives, ops, penalties
 from fad_loss._checks import debug
+from fad_loss.capture import capture_features
 from fad_loss.discriminators import (
     CloudDiscriminator,
     HeadDiscriminator,
@@ -15,8 +16,8 @@ from fad_loss.discriminators import (
     PointDiscriminator,
     TeacherDiscriminator,
 )
-from fad_loss.features import capture_features, ragged
 from fad_loss.loss import FeatureAdversarialLoss
+from fad_loss.ragged import ragged
 
 __all__ = [
     "CloudDiscriminator",

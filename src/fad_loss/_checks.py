@@ -1,4 +1,4 @@
-"""Checks that every entry point shares: which values may be looked at, and how errors are worded.
+"""Checks of tensors that every entry point shares, and which values may be looked at.
 
 Shapes, dtypes, devices and Python numbers are always checked. Values *inside* tensors are looked at
 on CPU; on a GPU looking would stall the stream, so it happens only with `fad_loss.debug(True)` or
@@ -8,16 +8,13 @@ on CPU; on a GPU looking would stall the stream, so it happens only with `fad_lo
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from difflib import get_close_matches
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import is_fake
 
-T = TypeVar("T")
+from fad_loss._errors import describe, expected
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -50,27 +47,15 @@ def look(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and (tensor.device.type == "cpu" or _debug)
 
 
-def describe(tensor: object) -> str:
-    """``float32 of shape (2, 5, 3) on cpu``, for error messages."""
-    if not isinstance(tensor, Tensor):
-        return f"{type(tensor).__name__} {tensor!r}"
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    shape = "(" + ", ".join(str(size) for size in tensor.shape) + ")"
-    kind = "ragged " if tensor.is_nested else ""
-    return f"{kind}{dtype} of shape {shape} on {tensor.device}"
-
-
 def check_tensor(name: str, tensor: object) -> None:
     """Raise unless `tensor` is a floating-point tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
-        message = f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
-        raise TypeError(message)
+        raise expected(name, "a torch.Tensor", type(tensor).__name__, error=TypeError)
     if tensor.dtype not in FLOATS:
-        message = (
-            f"{name}: expected float32, float64, bfloat16 or float16, got {describe(tensor)}; "
-            f"convert it first, for example with {name}.float()"
+        remedy = f"convert it first, for example with {name}.float()"
+        raise expected(
+            name, "float32, float64, bfloat16 or float16", tensor, remedy, error=TypeError
         )
-        raise TypeError(message)
 
 
 def count_non_finite(tensor: Tensor) -> Tensor:
@@ -94,13 +79,3 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f"division by zero, a diverged training run)"
         )
         raise ValueError(message)
-
-
-def choose(argument: str, name: str, table: Mapping[str, T]) -> T:
-    """Return ``table[name]`` or raise a ValueError that lists what `argument` can be."""
-    if name in table:
-        return table[name]
-    near = get_close_matches(str(name), list(table), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    message = f"{argument}: expected one of {', '.join(map(repr, table))}, got {name!r}{hint}"
-    raise ValueError(message)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fad_loss import ops
-from fad_loss._checks import check_tensor, choose, describe, look
+from fad_loss._checks import check_tensor, look
+from fad_loss._errors import choose, describe
 from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, pack, per_point, pointwise
 from fad_loss.ops import _check_pair, _Pair
 from fad_loss.ops.kernels import Energy, Kernel, _positive

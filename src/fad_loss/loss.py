@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fad_loss._checks import check_finite, choose, count_non_finite, describe
+from fad_loss._checks import check_finite, count_non_finite
+from fad_loss._errors import choose, describe
+from fad_loss._points import LAYOUTS, as_points
 from fad_loss._ragged import cloud_mean, concatenate, flat, is_ragged, pack, pointwise, split
 from fad_loss._trained import converted, fingerprints, untrained
 from fad_loss.balance import GradientBalance
@@ -21,7 +23,6 @@ from fad_loss.discriminators import (
     PointDiscriminator,
     TeacherDiscriminator,
 )
-from fad_loss.features import LAYOUTS, as_points
 from fad_loss.objectives import Objective, get_objective
 from fad_loss.penalties import lecam as lecam_penalty
 from fad_loss.penalties import penalized_scores

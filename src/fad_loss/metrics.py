@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from fad_loss import distances, ops
-from fad_loss._checks import check_finite, check_tensor, choose, describe, look
+from fad_loss._checks import check_finite, check_tensor, look
+from fad_loss._errors import choose, describe
+from fad_loss._points import as_points
 from fad_loss._ragged import (
     cloud_index,
     cloud_lengths,
@@ -32,7 +34,6 @@ from fad_loss._ragged import (
     unpack,
     wrap,
 )
-from fad_loss.features import as_points
 
 __all__ = ["cka", "knowledge_lost", "neighbor_agreement", "set_distances"]
 

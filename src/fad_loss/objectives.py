@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fad_loss._checks import check_tensor, choose, describe
+from fad_loss._checks import check_tensor
+from fad_loss._errors import choose, describe
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise
 
 __all__ = [

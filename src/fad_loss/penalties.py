@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fad_loss._checks import check_tensor, describe
+from fad_loss._checks import check_tensor
+from fad_loss._errors import describe
 from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, pointwise, unpack
 from fad_loss.objectives import as_scores
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fad_loss.features import ragged
+from fad_loss import ragged
 from fad_loss.penalties import penalized_scores, r1
 
 from .cases import CLASSES, EVERY, C, build, clouds, inputs, scored_per_cloud

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fad_loss import ragged
 from fad_loss.discriminators._layers import cloud_max
 from fad_loss.discriminators.cloud import CloudDiscriminator
 from fad_loss.discriminators.neighborhood import NeighborhoodDiscriminator
 from fad_loss.discriminators.point import PointDiscriminator
-from fad_loss.features import ragged
 
 from .cases import LEARNED, OPTIONS, C, L, R, build, clouds, everything, inputs
 

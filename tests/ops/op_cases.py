@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fad_loss import ops
-from fad_loss.features import ragged
+from fad_loss import ops, ragged
 
 # Backends that are operators to PyTorch (tiles, fused kernels), and with them the reference.
 FUSED = ["tiled"]

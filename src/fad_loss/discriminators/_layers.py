@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fad_loss._checks import check_tensor, describe, look
+from fad_loss._checks import check_tensor, look
+from fad_loss._errors import describe
 from fad_loss._ragged import cloud_index, cloud_mean, is_ragged, pack, unpack
 
 SLOPE = 0.2

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fad_loss._checks import check_tensor, choose, describe
+from fad_loss._checks import check_tensor
+from fad_loss._errors import choose, describe
 from fad_loss._ragged import cloud_mean, is_ragged, pack
 from fad_loss.discriminators._layers import class_index, cloud_max, packed, repacked
 

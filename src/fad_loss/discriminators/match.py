@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss import ops
-from fad_loss._checks import choose, describe
+from fad_loss._errors import choose, describe
 from fad_loss._ragged import is_ragged
 from fad_loss.discriminators._layers import check_features, check_reference, check_width, pooled
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss import ops
-from fad_loss._checks import choose, describe, look
+from fad_loss._checks import look
+from fad_loss._errors import choose, describe
 from fad_loss._ragged import (
     cloud_lengths,
     cloud_mean,

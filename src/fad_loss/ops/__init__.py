@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fad_loss._checks import check_finite, check_tensor, describe, look
+from fad_loss._checks import check_finite, check_tensor, look
+from fad_loss._errors import describe
 from fad_loss._ragged import is_ragged, pack, unpack
 from fad_loss.ops import _dense, _library
 from fad_loss.ops._backends import select
