@@ -17,7 +17,7 @@ from fad_loss._game import Game, Side
 from fad_loss._points import LAYOUTS, Points
 from fad_loss._ragged import cloud_mean, flat, is_ragged, pack, pointwise
 from fad_loss.discriminators import Scores
-from fad_loss.discriminators.base import held_still
+from fad_loss.discriminators.base import at_least_float32, held_still
 from fad_loss.gradients import GradientBalance, weigh_gradient
 from fad_loss.objectives import Masks, Objective, get_objective
 from fad_loss.penalties import lecam as lecam_penalty
@@ -450,13 +450,13 @@ class FeatureAdversarialLoss(nn.Module):
             if self._updating:
                 self.student_units.observe(fake)
                 self.teacher_units.observe(real)
-            fake = fake.map(lambda values: self.student_units(_wide(values)))
+            fake = self.student_units(fake.map(at_least_float32))
         fake = fake.map(self._adapt)
         dtype = torch.promote_types(fake.features.dtype, real.features.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         fake, real = (points.map(lambda values: values.to(dtype)) for points in (fake, real))
         if self.normalize and self.discriminator.standardized:
-            real = real.map(self.teacher_units)
+            real = self.teacher_units(real)
         elif self.normalize:
             fake = fake.map(self.teacher_units.restore)
         with torch.no_grad():
@@ -531,10 +531,6 @@ def _masks(game: Game) -> dict[str, Masks]:
     """The objective's keyword, for those that know of masks, if there are any."""
     masks = game.student.mask, game.teacher.mask
     return {} if masks == (None, None) else {"mask": masks}
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
 
 
 def _pointwise(function: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
