@@ -99,9 +99,7 @@ class HeadDiscriminator(Discriminator):
 
     standardized = False
 
-    default_weight = 3.0
-    """The best one beside ``"paired"``, of 0.3, 3 and 30, in
-    ``examples/study/results/report.md``."""
+    default_weight = 0.3
 
     def __init__(
         self,
