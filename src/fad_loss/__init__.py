@@ -8,6 +8,7 @@
 from fad_loss import distances, metrics, objectives, ops, penalties
 from fad_loss._checks import debug
 from fad_loss.capture import capture_features
+from fad_loss.correspondence import interpolate
 from fad_loss.discriminators import (
     CloudDiscriminator,
     HeadDiscriminator,
@@ -30,6 +31,7 @@ __all__ = [
     "capture_features",
     "debug",
     "distances",
+    "interpolate",
     "metrics",
     "objectives",
     "ops",
