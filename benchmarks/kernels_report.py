@@ -11,7 +11,7 @@ go to a JSON for each version of Triton; what is wrong in it is printed and make
 - a 32-bit number added to a pointer to a whole tensor.
 
     python benchmarks/kernels_report.py                        # all, 10 to 20 minutes on 2 cores
-    python benchmarks/kernels_report.py --only pull --arch 90  # some
+    python benchmarks/kernels_report.py --only backward --arch 90  # some
     python benchmarks/kernels_report.py --check                # compile nothing: are they current?
 
 An interrupted run continues where it was: entries of unchanged sources are kept.
@@ -73,7 +73,7 @@ FORMATS = {
     "half": (torch.bfloat16, "high", (64, 256)),
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
-KERNELS = ("reduce", "pull", "pull_twice", "scan", "shortlist", "longlist")
+KERNELS = ("reduce", "backward", "double_backward", "scan", "shortlist", "longlist")
 NEIGHBORS = {"scan": 1, "shortlist": 60, "longlist": 64}
 
 
@@ -101,9 +101,9 @@ def record(
         moves = x.to(torch.float32)
         if kernel == "reduce":
             _triton.softmin(x, x, values, epsilon, *clouds)
-        elif kernel == "pull":
+        elif kernel == "backward":
             _triton.softmin_backward(values, x, x, values, values, epsilon, *clouds, True, True)
-        elif kernel == "pull_twice":
+        elif kernel == "double_backward":
             _triton.softmin_double_backward(
                 moves, moves, values, values, x, x, values, values, epsilon, *clouds
             )

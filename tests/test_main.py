@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fad_loss import __main__ as main_module
-from fad_loss import ops
+from fad_loss import _selfcheck, ops
 from fad_loss.ops import _backends
 
 BACKENDS = ("tiled", "dense")
@@ -18,14 +18,21 @@ BACKENDS = ("tiled", "dense")
 
 @pytest.fixture
 def only_float32(monkeypatch):
-    monkeypatch.setattr(main_module, "FLOATS", (torch.float32,))
+    monkeypatch.setattr(_selfcheck, "FLOATS", (torch.float32,))
 
 
 def test_passes_on_this_machine_from_the_command_line():
     done = subprocess.run(
-        [sys.executable, "-m", "fad_loss"], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", "fad_loss", "--verbose"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    # Neither a warning of PyTorch's nor one of ours.
+    assert done.stderr == ""
+    assert done.stdout.startswith("versions\n")
     assert "FAILED" not in done.stdout
     for expected in ("fad_loss", "torch", "triton", "cpu", "not triton: ", "not dense: "):
         assert expected in done.stdout
@@ -36,7 +43,20 @@ def test_passes_on_this_machine_from_the_command_line():
                     operation in line and f" {backend} " in line and dtype in line
                     for line in done.stdout.splitlines()
                 )
-    assert "checks passed" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("checks passed: everything is right")
+
+
+@pytest.mark.usefixtures("only_float32")
+def test_without_verbose_a_summary(capsys):
+    assert main_module.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("self-check"))
+    count = len(_selfcheck._operations())
+    assert len(lines) - start == 1 + len(BACKENDS) + 2
+    for line, backend in zip(lines[start + 1 :], BACKENDS, strict=False):
+        assert f"{backend}   {count} of {count} passed, the nearest at " in line
+        assert 0 < int(line.split("%")[0].split()[-1]) <= 100
+    assert lines[-1] == f"{2 * count} of {2 * count} checks passed: everything is right"
 
 
 @pytest.mark.usefixtures("only_float32")
@@ -47,7 +67,7 @@ def test_json_holds_the_same(capsys):
     assert report["versions"]["torch"] == torch.__version__
     assert report["backends"]["cpu"]["knn"]["uses"] in BACKENDS
     assert "CUDA" in report["backends"]["cpu"]["knn"]["not"]["triton"]
-    assert len(report["self_check"]) == len(main_module._operations()) * len(BACKENDS)
+    assert len(report["self_check"]) == len(_selfcheck._operations()) * len(BACKENDS)
     for check in report["self_check"]:
         assert check["passed"]
         assert check["error"] <= check["bound"]
@@ -72,8 +92,10 @@ def _off_by(factor, *, gradient_only=False):
 def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys, gradient_only):
     monkeypatch.setattr(ops, "softmin", _off_by(1.001, gradient_only=gradient_only))
     assert main_module.main([]) == 1
-    failed = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "FAILED" in line]
     assert failed
+    assert lines[-1].endswith("checks passed: SOMETHING IS WRONG")
     assert all("softmin" in line and "tiled" in line for line in failed)
 
 
@@ -91,26 +113,52 @@ def test_a_crash_is_reported_and_the_rest_still_checked(monkeypatch, capsys):
         raise RuntimeError(message)
 
     monkeypatch.setattr(ops, "knn", crashes)
-    assert main_module.main([]) == 1
+    assert main_module.main(["--verbose"]) == 1
     out = capsys.readouterr().out
     assert "RuntimeError: no kernel image is available" in out
     assert sum(line.endswith("   ok") for line in out.splitlines()) == 2 * (
-        len(main_module._operations()) - 1
+        len(_selfcheck._operations()) - 1
     )
 
 
-@pytest.mark.usefixtures("only_float32")
-def test_a_new_backend_is_checked_as_soon_as_it_can_run(monkeypatch):
+def test_dtypes_that_a_backend_refuses_are_not_checked(monkeypatch):
+    """On an NVIDIA GPU the kernels run, but not in float64."""
     real = _backends.why_not
-    monkeypatch.setattr(
-        _backends, "why_not", lambda name, device: None if name == "triton" else real(name, device)
+
+    def on_gpu(name, device, dtype=None):
+        return real(name, torch.device("cuda", 0), dtype)
+
+    monkeypatch.setattr(_backends, "why_not", on_gpu)
+    monkeypatch.setattr(_backends, "_missing", lambda device: None)
+    monkeypatch.setattr(_selfcheck, "_check", lambda *arguments: arguments)
+    checks = [arguments[-2:] for arguments in _selfcheck.self_check(torch.device("cpu"))]
+    count = len(_selfcheck._operations())
+    dtypes = [dtype for dtype, backend in checks if backend == "triton"]
+    assert sorted(map(str, dtypes)) == sorted(
+        count * ["torch.float32"] + count * ["torch.bfloat16"] + count * ["torch.float16"]
     )
-    outcomes = list(main_module.self_check(torch.device("cpu")))
-    triton = [outcome for outcome in outcomes if outcome.backend == "triton"]
-    assert len(triton) == len(main_module._operations())
+    assert len(checks) == count * (3 + 4 + 4)
+
+
+def test_tolerances_of_the_kernels_are_their_own(monkeypatch):
+    """Three tf32 products err more than float32 does, whichever way the user asks for precision."""
+    run = _selfcheck._operations()["softmin"]
+    monkeypatch.setattr(_selfcheck, "_evaluate", lambda *_: (torch.zeros(1), []))
+    cpu = torch.device("cpu")
+    bound = {
+        backend: _selfcheck._check("softmin", run, cpu, torch.float32, backend)
+        for backend in ("tiled", "triton")
+    }
+    assert bound["tiled"].bound < bound["triton"].bound <= 1e-4
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        coarse = _selfcheck._check("softmin", run, cpu, torch.float32, "triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert coarse.bound == 2e-3
 
 
 def test_a_result_of_the_wrong_shape_is_infinitely_wrong():
     a, b = torch.ones(2), torch.ones(3)
-    assert main_module._relative(a, b, each=True) == float("inf")
-    assert main_module._relative(a[:0], b[:0], each=True) == 0
+    assert _selfcheck._relative(a, b, each=True) == float("inf")
+    assert _selfcheck._relative(a[:0], b[:0], each=True) == 0

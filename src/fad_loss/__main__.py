@@ -1,286 +1,25 @@
 """``python -m fad_loss``: what runs on this machine, and whether it is right.
 
-Prints versions, devices, the backend that each operation would use on each device with the reason
-against the others, and then a self-check: every operation, dtype and backend that can run here,
-values and gradients, against the float64 reference, each error beside its bound. The exit status is
-1 if one of them fails. ``--json`` prints the same as one JSON object.
+Prints versions, devices, the backend that each operation uses on each device with the reason
+against the others, and the outcome of a self-check: every operation, dtype and backend that can run
+here, values and gradients, against the float64 reference. The last line is the verdict; checks that
+fail are listed before it, and with ``--verbose`` all of them are. The exit status is 1 if one of
+them fails. ``--json`` prints everything as one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import platform
+import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor
-
-import fad_loss
-from fad_loss import ops
-from fad_loss._checks import FLOATS
-from fad_loss._ragged import is_ragged
-from fad_loss.ops import _backends
-
-# Errors are relative to the largest reference value, except for distances, which are relative each
-# on its own. Values are accumulated in float32 at least, whatever the inputs; gradients are rounded
-# to the inputs' dtype, and sum terms that cancel.
-_VALUE_BOUND = {torch.float64: 1e-12, torch.float32: 2e-5}
-_DISTANCE_BOUND = {torch.float64: 1e-14, torch.float32: 1e-6}
-_GRADIENT_BOUND = {
-    torch.float64: 1e-11,
-    torch.float32: 1e-4,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
-# Of smooth operations, where the user allows float32 products less than float32's own precision, or
-# where a GPU multiplies half-precision inputs, centered, in half precision.
-_COARSE_BOUND = {"highest": 0.0, "high": 2e-3, "medium": 1e-2}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One operation in one dtype on one backend and device: its errors beside their bounds."""
-
-    operation: str
-    device: str
-    backend: str
-    dtype: str
-    error: float
-    bound: float
-    gradient_error: float
-    gradient_bound: float
-    failure: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether it ran and both errors are within their bounds (which NaN is not)."""
-        within = self.error <= self.bound and self.gradient_error <= self.gradient_bound
-        return self.failure is None and within
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A problem on the CPU, in float64, whose values the checked dtype represents exactly."""
-
-    x: Tensor
-    y: Tensor
-    weights: Tensor
-    exclude_self: bool
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> _Case:
-        x, y, weights = (
-            t.to(device, dtype).detach().requires_grad_() for t in (self.x, self.y, self.weights)
-        )
-        return _Case(x, y, weights, self.exclude_self)
-
-
-def _cases(dtype: torch.dtype) -> Iterator[_Case]:
-    """Few and many channels, tiles that do not come out even, ragged clouds, one of them empty."""
-    generator = torch.Generator().manual_seed(0)
-
-    def points(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def rounded(t: Tensor) -> Tensor:
-        return t.to(dtype).double()
-
-    for channels in (3, 40):
-        x, y = points(2, 33, channels), points(2, 70, channels)
-        # An offset that both share, as features have, and nearly matching points.
-        y[:, :33] = x + 0.05 * y[:, :33]
-        yield _Case(rounded(x + 2), rounded(y + 2), rounded(0.5 + points(2, 70).sigmoid()), False)
-    offsets = torch.tensor([0, 25, 25, 60])
-    x = rounded(points(60, 24))
-    clouds, weights = (
-        torch.nested.nested_tensor_from_jagged(t, offsets)
-        for t in (x, rounded(0.5 + points(60).sigmoid()))
-    )
-    yield _Case(clouds, clouds, weights, exclude_self=True)
-
-
-_Run = Callable[[_Case, str], Tensor]
-
-
-def _operations() -> dict[str, _Run]:
-    """The differentiable result of every operation that is checked, given a case and a backend."""
-
-    def mean(kernel: ops.Kernel) -> _Run:
-        def run(case: _Case, backend: str) -> Tensor:
-            return ops.kernel_mean(
-                case.x,
-                case.y,
-                kernel,
-                case.weights,
-                exclude_self=case.exclude_self,
-                backend=backend,
-            )
-
-        return run
-
-    def softmin(epsilon: float | tuple[float, ...]) -> _Run:
-        def run(case: _Case, backend: str) -> Tensor:
-            return ops.softmin(
-                case.x,
-                case.y,
-                epsilon,
-                potential=case.weights,
-                log_weights=case.weights,
-                exclude_self=case.exclude_self,
-                backend=backend,
-            )
-
-        return run
-
-    def knn(case: _Case, backend: str) -> Tensor:
-        return ops.knn(case.x, case.y, 7, exclude_self=case.exclude_self, backend=backend)[0]
-
-    return {
-        "nearest": lambda case, backend: ops.nearest(case.x, case.y, backend=backend)[0],
-        "knn, k = 7": knn,
-        "kernel_mean, Gaussian": mean(ops.Gaussian([1.0, 2.0, 4.0])),
-        "kernel_mean, Laplacian": mean(ops.Laplacian(2.0)),
-        "kernel_mean, Energy": mean(ops.Energy()),
-        "kernel_mean, InverseMultiquadric": mean(ops.InverseMultiquadric(2.0)),
-        "softmin": softmin(2.0),
-        "softmin, two epsilons": softmin((2.0, 8.0)),
-    }
-
-
-def _flat(t: Tensor | None, like: Tensor) -> Tensor:
-    """The plain values of a tensor, in float64 on the CPU; zeros for a gradient that is None."""
-    if t is None:
-        t = torch.zeros_like(like)
-    values: Tensor = t.detach()
-    if is_ragged(values):
-        values = values.values()
-    return values.cpu().double()
-
-
-def _evaluate(run: _Run, case: _Case, backend: str) -> tuple[Tensor, list[Tensor]]:
-    """Values, and gradients by x, y and the weights, for a fixed incoming gradient."""
-    result = run(case, backend)
-    inputs = [case.x, case.y, case.weights]
-    generator = torch.Generator().manual_seed(1)
-    values = result.values() if is_ragged(result) else result
-    incoming = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values)
-    finite = values.isfinite()
-    # An infinite distance (no neighbor) has no gradient, and must not turn the others into NaN.
-    total = torch.where(finite, values, 0.0).mul(incoming).sum()
-    gradients = torch.autograd.grad(total, inputs, allow_unused=True)
-    pairs = zip(gradients, inputs, strict=True)
-    return _flat(result, result), [_flat(g, t) for g, t in pairs]
-
-
-def _relative(value: Tensor, reference: Tensor, *, each: bool) -> float:
-    """The largest error relative to the largest, or to each, reference value; NaN stays NaN."""
-    if value.shape != reference.shape or reference.numel() == 0:
-        return 0.0 if value.shape == reference.shape else float("inf")
-    same = value == reference
-    scale = reference.abs() if each else reference.abs().amax()
-    floor = torch.finfo(torch.float64).tiny
-    # Values that are infinite in both are equal, not NaN apart.
-    error = torch.where(same, 0.0, (value - reference).abs() / scale.clamp_min(floor))
-    return float(error.amax())
-
-
-def _check(
-    operation: str, run: _Run, device: torch.device, dtype: torch.dtype, backend: str
-) -> Outcome:
-    distance = operation.startswith(("nearest", "knn"))
-    bounds = _DISTANCE_BOUND if distance else _VALUE_BOUND
-    bound = bounds.get(dtype, bounds[torch.float32])
-    gradient_bound = _GRADIENT_BOUND[dtype]
-    if not distance and dtype != torch.float64:
-        half = backend == "triton" and dtype != torch.float32
-        precision = "high" if half else torch.get_float32_matmul_precision()
-        bound = max(bound, _COARSE_BOUND[precision])
-        gradient_bound = max(gradient_bound, 5 * _COARSE_BOUND[precision])
-    error = gradient_error = 0.0
-    failure = None
-    try:
-        for case in _cases(dtype):
-            reference, reference_gradients = _evaluate(
-                run, case.to(torch.device("cpu"), torch.float64), "dense"
-            )
-            value, gradients = _evaluate(run, case.to(device, dtype), backend)
-            errors = [_relative(value, reference, each=distance)]
-            errors += [
-                _relative(a, b, each=False)
-                for a, b in zip(gradients, reference_gradients, strict=True)
-            ]
-            # max() would lose a NaN; the sum keeps it.
-            nan = sum(e for e in errors if math.isnan(e))
-            error = max(error, errors[0]) + nan
-            gradient_error = max(gradient_error, *errors[1:]) + nan
-    except Exception as reason:  # noqa: BLE001 - whatever breaks an operation is the finding
-        failure = f"{type(reason).__name__}: {reason}".splitlines()[0]
-        error = gradient_error = float("nan")
-    name = str(dtype).removeprefix("torch.")
-    return Outcome(
-        operation, str(device), backend, name, error, bound, gradient_error, gradient_bound, failure
-    )
-
-
-def devices() -> list[torch.device]:
-    """The CPU, and every CUDA device."""
-    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return [torch.device("cpu"), *cuda]
-
-
-def self_check(device: torch.device) -> Iterator[Outcome]:
-    """Check every operation, dtype and backend that can run on a device against float64."""
-    for operation, run in _operations().items():
-        for backend in _backends.BACKENDS[1:]:
-            if _backends.why_not(backend, device) is None:
-                for dtype in FLOATS:
-                    yield _check(operation, run, device, dtype, backend)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    processor = platform.processor() or platform.machine()
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor}, {capability}, {torch.get_num_threads()} threads"
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices, and the backend of every operation on every device."""
-    backends = {}
-    for device in devices():
-        reasons = {name: _backends.why_not(name, device) for name in _backends.BACKENDS[1:]}
-        chosen = _backends.select("auto", device)
-        for name, reason in reasons.items():
-            if reason is None and name != chosen:
-                reasons[name] = f'only when asked for, with backend="{name}"'
-        against = {name: reason for name, reason in reasons.items() if name != chosen}
-        operations = ("nearest", "knn", "kernel_mean", "softmin")
-        backends[str(device)] = {name: {"uses": chosen, "not": against} for name in operations}
-    return {
-        "versions": {
-            "fad_loss": getattr(fad_loss, "__version__", "unknown"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "platform": platform.platform(),
-        },
-        "devices": {str(device): _describe(device) for device in devices()},
-        "backends": backends,
-    }
+from fad_loss._selfcheck import Outcome, devices, environment, self_check
 
 
 def _print_environment(found: dict[str, Any]) -> None:
@@ -316,32 +55,71 @@ def _print_outcome(outcome: Outcome) -> None:
     )
 
 
+def _print_summary(outcomes: Sequence[Outcome]) -> None:
+    """A line for each backend on each device, and the verdict."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.device, outcome.backend), []).append(outcome)
+    for (device, backend), group in groups.items():
+        passed = sum(outcome.passed for outcome in group)
+        nearest = max(
+            max(o.error / o.bound, o.gradient_error / o.gradient_bound) if o.passed else 0.0
+            for o in group
+        )
+        dtypes = ", ".join(dict.fromkeys(outcome.dtype for outcome in group))
+        print(
+            f"  {device:<8}{backend:<8}{passed} of {len(group)} passed, the nearest at "
+            f"{nearest:.0%} of its bound ({dtypes})"
+        )
+    passed = sum(outcome.passed for outcome in outcomes)
+    verdict = "everything is right" if passed == len(outcomes) else "SOMETHING IS WRONG"
+    print()
+    print(f"{passed} of {len(outcomes)} checks passed: {verdict}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch itself says on the way: about tracing, of ragged tensors."""
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*nested tensors is in prototype")
+            # The reason is among the backends' lines already.
+            warnings.filterwarnings("ignore", message="fad_loss: operations on .* run as tiles")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on this machine, check the operations, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m fad_loss", description="What runs on this machine, and whether it is right."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--verbose", action="store_true", help="print every check, not a summary")
     arguments = parser.parse_args(argv)
 
-    found = environment()
-    if not arguments.json:
-        _print_environment(found)
-        print("self-check: error <= bound against float64, of the values and of the gradients")
     outcomes = []
-    for device in devices():
-        for outcome in self_check(device):
-            outcomes.append(outcome)
-            if not arguments.json:
-                _print_outcome(outcome)
-    failed = [outcome for outcome in outcomes if not outcome.passed]
+    with _quiet():
+        found = environment()
+        if not arguments.json:
+            _print_environment(found)
+            print("self-check: error <= bound against float64, of the values and of the gradients")
+        for device in devices():
+            for outcome in self_check(device):
+                outcomes.append(outcome)
+                if not arguments.json and (arguments.verbose or not outcome.passed):
+                    _print_outcome(outcome)
+    passed = all(outcome.passed for outcome in outcomes)
     if arguments.json:
         checks = [{**asdict(outcome), "passed": outcome.passed} for outcome in outcomes]
-        print(json.dumps({**found, "self_check": checks, "passed": not failed}, indent=2))
+        print(json.dumps({**found, "self_check": checks, "passed": passed}, indent=2))
     else:
-        print()
-        print(f"{len(outcomes) - len(failed)} of {len(outcomes)} checks passed")
-    return 1 if failed else 0
+        _print_summary(outcomes)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -360,13 +360,13 @@ def test_another_clouds_nan_stays_there():
     clean = _triton.softmin(x, y, None, EPSILON, False, *offsets)
     grad = torch.ones(clean.shape)
     backward = grad, x, y, None, clean, EPSILON, False, *offsets, True, True
-    pulled = _triton.softmin_backward(*backward)[0]
+    clean_gradient = _triton.softmin_backward(*backward)[0]
     y[20:53] = torch.nan
     out = _triton.softmin(x, y, None, EPSILON, False, *offsets)
     assert torch.equal(out[:5], clean[:5])
     assert out[40:41].isnan().all()
     after = _triton.softmin_backward(grad, x, y, None, clean, EPSILON, False, *offsets, True, True)
-    assert torch.equal(after[0][:5], pulled[:5])
+    assert torch.equal(after[0][:5], clean_gradient[:5])
 
 
 @pytest.mark.parametrize("N, M", [(0, 5), (5, 0), (0, 0)])
@@ -450,3 +450,43 @@ def test_prepared_points_are_centered_rounded_and_padded():
     torch.testing.assert_close(points.norms, points.values.square().sum(1))
     shifted = points.values[:, :20] - points.values[:1, :20]
     torch.testing.assert_close(shifted, y[0] - y[0, 0], rtol=0, atol=4e-3)
+
+
+def test_the_newer_switch_for_tf32_is_obeyed():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert prepare.multiply_format(torch.float32, 64).precision == "tf32"
+        x, y = clouds(1, 20, 30, 24)
+        out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    close(out, _dense.softmin(*double(x, y), None, EPSILON, exclude_self=False), 2e-3)
+    assert prepare.multiply_format(torch.float32, 64).precision == "tf32x3"
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1], ids=hex)
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_nan_stays_nan_when_rounded(bits, precision):
+    torch.set_float32_matmul_precision(precision)
+    x, y = clouds(1, 20, 30, 40)
+    x[0, 3, 7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    assert out[0, 3].isnan().all()
+    assert out[0, :3].isfinite().all()
+    grad = torch.ones(out.shape)
+    dx, dy, _ = _triton.softmin_backward(
+        grad, x, y, None, out, EPSILON, False, None, None, True, False
+    )
+    assert dx[0, 3].isnan().all()
+    assert dx[0, 4:].isfinite().all()
+    assert dy.isnan().any()
+
+
+def test_infinity_and_the_largest_numbers_are_rounded_as_numbers():
+    torch.set_float32_matmul_precision("high")
+    x = torch.tensor([1e38, -1e38, 1 + 2**-12, -(1 + 3 * 2**-11)]).repeat(1, 5, 6)
+    form = prepare.Format(torch.float32, "tf32", "tf32", center=False)
+    points = prepare.prepare(x[0], prepare.Clouds.of(x, None), form)
+    want = torch.tensor([1e38, -1e38, 1.0, -(1 + 2**-9)])
+    torch.testing.assert_close(points.values[0, :4], want, rtol=2**-11, atol=0)
+    assert torch.equal(points.values[0, 2:4], want[2:])

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "kernels_report.py"
 REPORTS = sorted((ROOT / "benchmarks" / "results").glob("kernels-report-*.json"))
 # One of each kind: what is compiled again here.
-SAMPLES = [("pull", "90"), ("shortlist", "80"), ("scan", "100")]
+SAMPLES = [("backward", "90"), ("shortlist", "80"), ("scan", "100")]
 ARCHITECTURES = {80, 90, 100}
 
 

@@ -9,18 +9,14 @@ take.
 The choice depends on the shape only through buckets (the format, channels padded to 16, 32, 64, 128
 or a multiple of 64, and whether there are enough rows to fill the device), so a new number of
 points compiles nothing new. With FAD_LOSS_TUNE=1 the first call in a bucket times all its entries
-and remembers the fastest in a file, in FAD_LOSS_CACHE or ~/.cache/fad_loss; without it the first
-entry is taken, or the one with smaller tiles if there are few rows.
+(`tuning.py`); without it the first entry is taken, or the one with smaller tiles if there are few
+rows.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +24,7 @@ import triton
 
 from fad_loss.ops._triton.launch import INTERPRETED, launch
 from fad_loss.ops._triton.prepare import Points, schedule
+from fad_loss.ops._triton.tuning import fastest
 
 
 class Tile(NamedTuple):
@@ -63,13 +60,13 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
     ("reduce", "tf32"): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
     ("reduce", "half"): (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
-    ("pull", "direct"): (Tile(64, 32, 16, 4, 2, 16),),
-    ("pull", "tf32x3"): (Tile(64, 32, 16, 8, 2, 128),),
-    ("pull", "tf32"): (Tile(64, 64, 32, 8, 2, 128),),
-    ("pull", "half"): (Tile(64, 64, 64, 8, 2, 128),),
-    ("pull_twice", "direct"): (Tile(32, 32, 16, 4, 2, 16),),
-    ("pull_twice", "tf32x3"): (Tile(64, 16, 32, 8, 2, 64),),
-    ("pull_twice", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("backward", "direct"): (Tile(64, 32, 16, 4, 2, 16),),
+    ("backward", "tf32x3"): (Tile(64, 32, 16, 8, 2, 128),),
+    ("backward", "tf32"): (Tile(64, 64, 32, 8, 2, 128),),
+    ("backward", "half"): (Tile(64, 64, 64, 8, 2, 128),),
+    ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 16),),
+    ("double_backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 64),),
+    ("double_backward", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
     ("scan", "direct"): (Tile(64, 64, 16, 8, 2),),
     ("scan", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
     ("scan", "tf32"): (Tile(64, 64, 32, 8, 3),),
@@ -89,10 +86,10 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3),),
     ("reduce", "half"): (Tile(64, 64, 64, 8, 3),),
-    ("pull", "tf32x3"): (Tile(64, 16, 32, 8, 2, 128),),
-    ("pull", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
-    ("pull", "half"): (Tile(64, 16, 64, 8, 2, 128),),
-    ("pull_twice", "tf32"): (Tile(64, 16, 32, 8, 2, 128),),
+    ("backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 128),),
+    ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("backward", "half"): (Tile(64, 16, 64, 8, 2, 128),),
+    ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 128),),
     ("scan", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("shortlist", "tf32"): (Tile(64, 32, 32, 8, 3),),
@@ -103,7 +100,7 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
 
 # And what would spill on compute capability 10 with Triton 3.6.
 BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("pull", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
     ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("longlist", "tf32"): (Tile(64, 32, 16, 8, 3),),
 }
@@ -111,7 +108,8 @@ BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
 
 def entries(name: str, form: str, major: int) -> tuple[Tile, ...]:
     """The entries of a kernel and a format, for a compute capability; none if there is no such."""
-    own = {8: AMPERE, 10: BLACKWELL}.get(major, {})
+    # Consumer Blackwell (12) has Ampere's matrix instructions and less shared memory than Hopper.
+    own = {8: AMPERE, 10: BLACKWELL, 11: BLACKWELL, 12: AMPERE}.get(major, {})
     return own.get((name, form)) or TABLE.get((name, form), ())
 
 
@@ -153,22 +151,11 @@ def run(
         return
     measure = partial(triton.testing.do_bench, return_mode="median")
     timer = (lambda entry: measure(partial(start, entry))) if may_time(device) else None
-    start(tiles[choose(bucket, tiles, few, timer)])
-
-
-def choose(
-    bucket: str, tiles: tuple[Tile, ...], few: bool, timer: Callable[[Tile], float] | None
-) -> int:
-    """The number of the entry to take: the fastest if that was timed, else the heuristic's."""
-    choices = tuned()
-    if timer is not None and len(tiles) > 1 and bucket not in choices:
-        times = [timer(entry) for entry in tiles]
-        remember(bucket, times.index(min(times)))
-    number = choices.get(bucket, len(tiles))
-    # A file of another version of the table may name an entry that is not there.
-    if 0 <= number < len(tiles):
-        return number
-    return min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
+    number = fastest(bucket, tiles, timer)
+    if number is None:
+        # Smaller tiles, where larger ones would leave processors without any.
+        number = min(range(len(tiles)), key=lambda i: tiles[i].rows) if few else 0
+    start(tiles[number])
 
 
 def may_time(device: torch.device) -> bool:
@@ -196,34 +183,3 @@ def device_name(device: torch.device) -> str:
     """What tuned choices are valid for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}/triton {triton.__version__}"
-
-
-def cache_file() -> Path:
-    """Where tuned choices are kept."""
-    folder = os.environ.get("FAD_LOSS_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "fad_loss") / "tiles.json"
-
-
-@cache
-def tuned() -> dict[str, int]:
-    """Choices made by timing, by device and bucket; none if the file is missing or unreadable."""
-    try:
-        found = json.loads(cache_file().read_text())
-        return {str(bucket): int(number) for bucket, number in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def remember(bucket: str, number: int) -> None:
-    """Keep a choice, for this process and, where the file can be written, for the next."""
-    choices = tuned()
-    choices[bucket] = number
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may read at any time: it sees the old file or the new one.
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_text(json.dumps(choices, indent=1, sort_keys=True) + "\n")
-        part.replace(path)
-    except OSError as error:
-        logging.getLogger(__name__).warning("tuned tiles are not kept: %s", error)

@@ -1,4 +1,4 @@
-"""From the reductions' gradients to launches of the kernels in `pull.py`."""
+"""From the reductions' gradients to launches of the kernels in `backward.py`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, sides
-from fad_loss.ops._triton.pull import pull_kernel
-from fad_loss.ops._triton.pull_twice import pull_twice_kernel
+from fad_loss.ops._triton.backward import backward_kernel
+from fad_loss.ops._triton.double_backward import double_backward_kernel
 
 
 def gradient_like(t: Tensor, *, wanted: bool = True) -> Tensor:
@@ -19,7 +19,7 @@ def gradient_like(t: Tensor, *, wanted: bool = True) -> Tensor:
     return t.new_empty(t.shape if wanted else (0,), dtype=torch.float32)
 
 
-def pull(
+def backward(
     rows: Points,
     columns: Points,
     settings: dict[str, Any],
@@ -43,7 +43,7 @@ def pull(
         "C": rows.channels,
         **settings,
     }
-    run("pull", pull_kernel, rows, columns, arguments, slabs=gradient is not None)
+    run("backward", backward_kernel, rows, columns, arguments, slabs=gradient is not None)
 
 
 class Moves:
@@ -62,7 +62,7 @@ class Moves:
 _ROUNDING: dict[str, Rounding] = {"tf32": "tf32", "tf32x3": ""}
 
 
-def pull_twice(
+def double_backward(
     rows: Points,
     columns: Points,
     row_moves: Moves,
@@ -98,4 +98,4 @@ def pull_twice(
         "OF_Y": of_y,
         **settings,
     }
-    run("pull_twice", pull_twice_kernel, rows, columns, arguments, slabs=gradient is not None)
+    run("double_backward", double_backward_kernel, rows, columns, arguments, slabs=gradient is not None)

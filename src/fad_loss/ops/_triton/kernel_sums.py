@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.gradients import Moves, gradient_like, pull, pull_twice
+from fad_loss.ops._triton.gradients import Moves, backward, double_backward, gradient_like
 from fad_loss.ops._triton.launch import SIZES, on_device
 from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
@@ -163,12 +163,12 @@ def kernel_sum_backward(
         w = None if weights is None else weights.contiguous()
         g = grad.contiguous()
         dx = gradient_like(x)
-        pull(rows, columns, settings, dx, row_scale=g, column_scale=w)
+        backward(rows, columns, settings, dx, row_scale=g, column_scale=w)
         dy, dw = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
         if of_weights:
             dw = y.new_empty(y.shape[:-1], dtype=torch.float32)
         if of_y or of_weights:
-            pull(
+            backward(
                 columns,
                 rows,
                 settings,
@@ -203,7 +203,7 @@ def kernel_sum_double_backward(
         t = None if t is None else t.contiguous()
         dgrad, dw = gradient_like(grad), y.new_empty(y.shape[:-1], dtype=torch.float32)
         dx, dy = gradient_like(x), gradient_like(y)
-        pull_twice(
+        double_backward(
             rows,
             columns,
             of_x,
@@ -215,7 +215,7 @@ def kernel_sum_double_backward(
             column_scale=w,
             column_less=t,
         )
-        pull_twice(
+        double_backward(
             columns,
             rows,
             of_y,

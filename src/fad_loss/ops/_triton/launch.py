@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+# As Triton reads it when it decorates a kernel; its own switch has moved between versions.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
 
 # Numbers that change from call to call and must not compile a kernel anew.
 SIZES = ("rows_each", "columns_each", "clouds", "search_steps")

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fad_loss.ops._precision import float32_matmul_precision
 from fad_loss.ops._triton.launch import INTERPRETED, SIZES, launch
 from fad_loss.ops._triton.tiles import locate, to_tf32
 
@@ -57,7 +58,7 @@ def multiply_format(dtype: torch.dtype, channels: int, *, wide: bool = False) ->
         emulate = INTERPRETED and dtype == torch.bfloat16
         widen = wide or emulate or channels <= DIRECT_CHANNELS
         return Format(torch.float32 if widen else dtype, "", "tf32", center=False)
-    precision = torch.get_float32_matmul_precision()
+    precision = float32_matmul_precision()
     if precision == "highest" or channels <= DIRECT_CHANNELS:
         return Format(dtype, "", "tf32x3", center=True)
     if precision == "high":

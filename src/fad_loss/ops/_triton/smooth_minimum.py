@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.gradients import Moves, gradient_like, pull, pull_twice
+from fad_loss.ops._triton.gradients import Moves, backward, double_backward, gradient_like
 from fad_loss.ops._triton.launch import SIZES, on_device
 from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
@@ -216,12 +216,12 @@ def softmin_backward(
         h = None if bias is None else bias.contiguous()
         shift, g = shift_of(out), grad.contiguous()
         dx = gradient_like(x)
-        pull(rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g)
+        backward(rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g)
         dy, dbias = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
         if of_bias:
             dbias = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
         if of_y or of_bias:
-            pull(
+            backward(
                 columns,
                 rows,
                 settings,
@@ -288,9 +288,9 @@ def softmin_double_backward(
         mean, dx, dy = gradient_like(grad), gradient_like(x), gradient_like(y)
         dh = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
         both: dict[str, Any] = {"row_shift": shift, "column_shift": h, "column_less": t}
-        pull_twice(rows, columns, of_x, of_y, settings, None, extra=mean, **both)
-        pull_twice(rows, columns, of_x, of_y, settings, dx, row_scale=g, row_less=mean, **both)
-        pull_twice(
+        double_backward(rows, columns, of_x, of_y, settings, None, extra=mean, **both)
+        double_backward(rows, columns, of_x, of_y, settings, dx, row_scale=g, row_less=mean, **both)
+        double_backward(
             columns,
             rows,
             of_y,

@@ -181,10 +181,13 @@ def squared_distances(
 
 @triton.jit
 def to_tf32(v):
-    """The nearest number with 10 bits of mantissa; the matrix units would truncate instead."""
+    """The nearest number with 10 bits of mantissa; the matrix units would truncate instead.
+
+    NaN stays as it is: adding to its bits would carry into the sign and make a number of it.
+    """
     bits = v.to(tl.int32, bitcast=True)
     bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
-    return bits.to(tl.float32, bitcast=True)
+    return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)  # noqa: PLR0124 - false for NaN
 
 
 @triton.jit

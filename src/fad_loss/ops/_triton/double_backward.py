@@ -1,9 +1,9 @@
 r"""The second derivatives of the smooth reductions: two recomputed tiles of weights.
 
 Let u_i, v_j be the directions in which x and y move, and delta_ij = 2 (x_i - y_j) . (u_i - v_j).
-Two weights per pair, A_ij = dS/d(d_ij) and P_ij = dS/d(delta_ij), are pulled to the points and to
+Two weights per pair, A_ij = dS/d(d_ij) and P_ij = dS/d(delta_ij), multiply the points and
 the directions: dx_i = 2 (sum_j A_ij x_i - A_ij y_j + P_ij u_i - P_ij v_j). `_tiled/smooth.py`
-derives them. As in `pull.py` a program owns rows, and y's gradients come from exchanged roles.
+derives them. As in `backward.py` a program owns rows, and y's gradients come from exchanged roles.
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS, for d and for delta. In registers: both tiles, and SLAB channels
 of the rows' gradient. Reread: columns and their directions (from L2). Storage is float32: gradients
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fad_loss.ops._triton.launch import SIZES
-from fad_loss.ops._triton.pull import multiply, store_each, store_gradient
+from fad_loss.ops._triton.backward import multiply, store_each, store_gradient
 from fad_loss.ops._triton.tiles import (
     hold,
     load_points,
@@ -103,7 +103,7 @@ def directional(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pull_twice_kernel(
+def double_backward_kernel(
     row,
     row_norms,
     column,
@@ -184,7 +184,7 @@ def pull_twice_kernel(
     row_lesses = load_each(row_less, begin, left, VALUES, BLOCK_ROWS, 0.0)
     extras = zeros_each(VALUES, BLOCK_ROWS)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    moved_sums = tl.zeros((BLOCK_ROWS,), tl.float32)
+    delta_sums = tl.zeros((BLOCK_ROWS,), tl.float32)
     total = tl.zeros((BLOCK_ROWS, SLAB), tl.float32)
     for j in range(0, columns, BLOCK_COLUMNS):
         at = column_start + j
@@ -239,8 +239,8 @@ def pull_twice_kernel(
         lesses = load_each(column_less, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
         if SOFTMIN:
             shifts = load_each(column_shift, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
-            pulled = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-            moved = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            of_distance = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            of_delta = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             new_extras = ()
             for e in tl.static_range(VALUES):
                 p = probability(
@@ -263,36 +263,36 @@ def pull_twice_kernel(
                 change = p * q
                 if gradient is not None:
                     change *= rates[e]
-                    pulled -= change
-                    moved += p
+                    of_distance -= change
+                    of_delta += p
                 new_extras = new_extras + (extras[e] + tl.sum(change, 1),)
             extras = new_extras
         else:
             value, k1, k2 = evaluate(d, rates, FAMILY, COUNT, LADDER)
             change = k1 * delta
-            pulled = k2 * delta
-            moved = k1
+            of_distance = k2 * delta
+            of_delta = k1
             if OF_Y:
                 if row_scale is not None:
-                    pulled *= row_scales[0][:, None]
-                    moved *= row_scales[0][:, None]
+                    of_distance *= row_scales[0][:, None]
+                    of_delta *= row_scales[0][:, None]
                 if row_less is not None:
-                    pulled += k1 * row_lesses[0][:, None]
-                pulled *= scales[0][None, :]
-                moved *= scales[0][None, :]
+                    of_distance += k1 * row_lesses[0][:, None]
+                of_distance *= scales[0][None, :]
+                of_delta *= scales[0][None, :]
                 change *= scales[0][None, :]
             else:
                 if column_scale is not None:
-                    pulled *= scales[0][None, :]
-                    moved *= scales[0][None, :]
+                    of_distance *= scales[0][None, :]
+                    of_delta *= scales[0][None, :]
                     change *= scales[0][None, :]
                 if column_less is not None:
-                    pulled += k1 * lesses[0][None, :]
+                    of_distance += k1 * lesses[0][None, :]
                     change += value * lesses[0][None, :]
             extras = (extras[0] + tl.sum(change, 1),)
         if gradient is not None:
             total, part = multiply(
-                pulled,
+                of_distance,
                 column_base,
                 remaining,
                 slab,
@@ -305,7 +305,7 @@ def pull_twice_kernel(
             sums += part
             if column_moves is not None:
                 total, part = multiply(
-                    moved,
+                    of_delta,
                     column_moves_base,
                     remaining,
                     slab,
@@ -315,15 +315,15 @@ def pull_twice_kernel(
                     SLAB,
                     PRECISION,
                 )
-                moved_sums += part
+                delta_sums += part
             else:
-                moved_sums += tl.sum(moved, 1)
+                delta_sums += tl.sum(of_delta, 1)
     if gradient is not None:
         own = load_points(base, left, slab, CHANNELS, BLOCK_ROWS, SLAB)
         result = sums[:, None] * own - total
         if row_moves is not None:
             own_moves = load_points(moves_base, left, slab, CHANNELS, BLOCK_ROWS, SLAB)
-            result += moved_sums[:, None] * own_moves
+            result += delta_sums[:, None] * own_moves
         result *= 2.0
         if not SOFTMIN and not OF_Y:
             result *= row_scales[0][:, None]

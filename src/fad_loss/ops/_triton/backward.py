@@ -4,7 +4,7 @@ With W_ij = dL/d(d_ij), dx_i = 2 (sum_j W_ij) x_i - 2 sum_j W_ij y_j. Gradients 
 same kernel with the roles of x and y exchanged: a program always owns rows and nobody else writes
 them, so there are no atomics and the result is repeatable. The second derivatives need two weights,
 with delta_ij = 2 (x_i - y_j) . (u_i - v_j) for directions u and v:
-A_ij, pulled to the points, and P_ij, pulled to the directions (`_tiled/smooth.py` derives them).
+A_ij for the points, and P_ij for the directions (`double_backward.py`).
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and SLAB channels of the rows' gradient;
 more channels than SLAB are other programs, which recompute the tile. Reread: the columns (from L2),
@@ -76,7 +76,7 @@ def store_gradient(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pull_kernel(
+def backward_kernel(
     row,
     row_norms,
     column,

@@ -1,0 +1,171 @@
+"""Every operation on GPUs that are not there (`stub.py`): does it compile, launch, and how often?
+
+Values are not looked at, which the interpreter's tests do; nor registers, which the report does.
+Hopper gets every format, and each of the other architectures every operation, formats in turn.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fad_loss import FeatureAdversarialLoss, ops, ragged
+
+pytest.importorskip("triton")
+if find_spec("triton") is not None:
+    from stub import MACHINES, stub_gpu
+
+# dtype, precision, channels: how points are multiplied.
+FORMS = {
+    "direct": (torch.float32, "highest", 3),
+    "tf32x3": (torch.float32, "highest", 40),
+    "tf32": (torch.float32, "high", 100),
+    "bfloat16": (torch.bfloat16, "highest", 64),
+    "float16": (torch.float16, "highest", 64),
+    "medium": (torch.float32, "medium", 64),
+}
+# Launches at most, forward, and with the first and with the second derivatives.
+OPERATIONS = {
+    "softmin": (4, 9, 17),
+    "kernel_mean": (4, 9, 16),
+    "nearest": (5, 5, 5),
+    "knn": (5, 5, 5),
+}
+CASES = [(90, form, operation) for form in FORMS for operation in OPERATIONS] + [
+    (architecture, list(FORMS)[(number + place) % 4], operation)
+    for place, architecture in enumerate((80, 100, 120))
+    for number, operation in enumerate(OPERATIONS)
+]
+
+
+def run(operation, x, y, backend):
+    if operation == "softmin":
+        along = y.detach()[..., 0].float()
+        return ops.softmin(x, y, [0.3, 1.0], potential=along, backend=backend)
+    if operation == "kernel_mean":
+        return ops.kernel_mean(x, y, ops.Gaussian([0.5, 1.0]), backend=backend)
+    if operation == "nearest":
+        return ops.nearest(x, y, backend=backend)[0]
+    return ops.knn(x, y, 20, backend=backend)[0]
+
+
+@pytest.fixture(autouse=True)
+def _precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def clouds(form, B=2, N=300, M=170):
+    dtype, precision, C = FORMS[form]
+    torch.set_float32_matmul_precision(precision)
+    return [torch.randn(B, n, C).to(dtype).requires_grad_() for n in (N, M)]
+
+
+@pytest.mark.parametrize("architecture, form, operation", CASES)
+def test_forward_backward_and_twice(architecture, form, operation, monkeypatch):
+    with stub_gpu(architecture, monkeypatch) as counts:
+        x, y = clouds(form)
+        launches = []
+        value = run(operation, x, y, "triton")
+        launches.append(len(counts.launched))
+        gradients = torch.autograd.grad(value.sum(), (x, y), create_graph=True)
+        launches.append(len(counts.launched))
+        sum(g.float().square().sum() for g in gradients).backward()
+        launches.append(len(counts.launched))
+        assert 0 < launches[0]
+        assert all(a <= b for a, b in zip(launches, OPERATIONS[operation], strict=True))
+        # What is launched again is not compiled again: at most what differs in its arguments.
+        assert 0 < len(counts.compiled) <= 10
+
+
+@pytest.mark.parametrize("form", ["direct", "tf32x3"])
+def test_another_size_in_the_same_bucket_compiles_nothing(form, monkeypatch):
+    with stub_gpu(90, monkeypatch) as counts:
+        for operation in OPERATIONS:
+            run(operation, *clouds(form), "auto").sum().backward()
+        counts.clear()
+        for N, M in ((301, 171), (256, 128), (1000, 1), (1, 4096)):
+            for operation in OPERATIONS:
+                if operation != "knn" or M >= 20:
+                    run(operation, *clouds(form, 3, N, M), "auto").sum().backward()
+        assert len(counts.launched) > 50
+        assert counts.compiled == []
+
+
+def test_ragged_clouds(monkeypatch):
+    with stub_gpu(90, monkeypatch) as counts:
+        x = torch.randn(60, 24, requires_grad=True)
+        clouds = ragged(x, lengths=[25, 0, 35])
+        value = ops.softmin(clouds, clouds, 0.5, exclude_self=True, backend="triton")
+        value.values().sum().backward()
+        assert len(counts.launched) == 9
+
+
+@pytest.mark.parametrize("form", ["tf32x3", "bfloat16"])
+def test_one_graph_for_the_compiler(form, monkeypatch):
+    """``fullgraph=True``, forward and backward, with the choice of the backend left to `auto`."""
+
+    def everything(x, y):
+        return sum(run(operation, x, y, "auto").float().mean() for operation in OPERATIONS)
+
+    torch._dynamo.reset()
+    with stub_gpu(90, monkeypatch) as counts:
+        compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=True)
+        compiled(*clouds(form)).backward()
+        assert {name.removesuffix("_kernel") for name, _ in counts.launched} >= {
+            *("softmin", "kernel_sum", "scan", "shortlist", "rerank", "backward"),
+        }
+        counts.clear()
+        compiled(*clouds(form, 2, 333, 222)).backward()
+        assert counts.compiled == []
+        assert len(counts.launched) <= 4 + 4 + 5 + 5 + 5 + 5
+
+
+def test_a_step_of_the_loss(monkeypatch):
+    """The default loss, on the clouds that it trains with."""
+    with stub_gpu(90, monkeypatch) as counts:
+        loss = FeatureAdversarialLoss(student_channels=64, teacher_channels=128)
+        student = torch.randn(8, 128, 64, requires_grad=True)
+        teacher = torch.randn(8, 128, 128)
+        for _ in range(3):
+            counts.clear()
+            loss(student, teacher).backward()
+        assert 0 < len(counts.launched) <= 24
+        assert counts.compiled == []
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_float64_is_refused_by_name_and_served_by_auto(architecture, monkeypatch):
+    with stub_gpu(architecture, monkeypatch) as counts:
+        x = torch.randn(1, 20, 5, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="float64"):
+            ops.nearest(x, x, backend="triton")
+        distance, _ = ops.nearest(x, x)
+        assert torch.equal(distance, torch.zeros(1, 20, dtype=torch.float64))
+        assert counts.launched == []
+
+
+def test_shared_memory_is_checked_as_on_the_machine(monkeypatch):
+    """The stub refuses what the device would: a test of the stub itself."""
+    from triton.runtime.errors import OutOfResources
+
+    from fad_loss.ops._triton import configurations
+
+    monkeypatch.setitem(MACHINES, 120, (1, 170))
+    monkeypatch.setattr(
+        configurations, "entries", lambda *_: (configurations.Tile(64, 64, 64, 4, 3),)
+    )
+    torch.set_float32_matmul_precision("highest")
+    # Another number of channels than elsewhere: nothing of it is compiled, nor its limits known.
+    x = torch.randn(1, 300, 150).bfloat16()
+    with stub_gpu(120, monkeypatch) as counts:
+        import triton.compiler.compiler as compiler
+
+        compiler.max_shared_mem.cache_clear()
+        with pytest.raises(OutOfResources, match="shared memory"):
+            ops.softmin(x, x, 0.5, backend="triton")
+        compiler.max_shared_mem.cache_clear()
+        assert all("softmin" not in name for name, _ in counts.launched)
