@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,7 @@ class GradientBalance(nn.Module):
     task: Tensor
     own: Tensor
     measured: Tensor
+    pending: Tensor
 
     def __init__(self) -> None:
         """See the class."""
@@ -74,11 +75,15 @@ class GradientBalance(nn.Module):
         self.register_buffer("task", torch.zeros(()))
         self.register_buffer("own", torch.zeros(()))
         self.register_buffer("measured", torch.zeros((), dtype=torch.int64))
-        self._watch: _Watch | None = None
+        # What the backward passes of the latest step have shown, until the next one counts it: the
+        # norms of the task's gradient and of the term's own. Saved, so that a checkpoint between
+        # the two loses nothing.
+        self.register_buffer("pending", torch.zeros(2))
+        self._handle: Any = None
 
     def factor(self) -> Tensor:
         """What to multiply the term by: 1 until something was measured."""
-        self._collect()
+        self._count()
         ratio = (self.task / self.own).clamp(1 / _LARGEST, _LARGEST)
         return torch.where(self.measured > 0, ratio, 1.0)
 
@@ -95,70 +100,52 @@ class GradientBalance(nn.Module):
                 "whose backward pass has no hooks; compile the networks and leave the loss outside"
             )
             raise RuntimeError(message)
-        self._collect()
+        self._count()
         if not features.requires_grad:
             return features
-        self._watch = _Watch(weight.detach().clone())
-        return self._watch.tap(features)
+        weight, sent = weight.detach().clone(), []
+        own = features.clone() if is_ragged(features) else features.view_as(features)
+        # A copy: autograd adds the other gradients to this one in place.
+        own.register_hook(lambda gradient: sent.append(gradient.detach().clone()))  # type: ignore[no-untyped-call]
+
+        @torch.no_grad()
+        def arrived(total: Tensor) -> None:
+            """A backward pass has brought `total`, of which the term sent what came before."""
+            rest = _values(total.detach())
+            latest = [rest.new_zeros(()), rest.new_zeros(())]
+            if sent:
+                mine = _values(sum(sent[1:], sent[0]))
+                rest = rest - mine
+                latest[1] = _norm(mine) / weight
+                sent.clear()
+            latest[0] = _norm(rest)
+            seen = torch.stack([n.to(self.pending.dtype) for n in latest])
+            self.pending.copy_(torch.where(seen == 0, self.pending, seen))
+
+        self._handle = features.register_hook(arrived)  # type: ignore[no-untyped-call]
+        return own
 
     @torch.no_grad()
-    def _collect(self) -> None:
+    def _count(self) -> None:
         """Count what the backward passes since the last call have shown."""
-        watch, self._watch = self._watch, None
-        if watch is None:
-            return
-        watch.leave()
-        task, alone = watch.task.to(self.task), watch.own.to(self.own)
-        usable = torch.isfinite(task + alone) & (task > 0) & (alone > 0)
-        seen = torch.stack([torch.where(usable, n, 0.0) for n in (task, alone, usable.to(task))])
+        if self._handle is not None:
+            self._handle.remove()  # a leaf would keep it
+            self._handle = None
+        usable = (torch.isfinite(self.pending) & (self.pending > 0)).all()
+        seen = torch.cat([self.pending, usable.to(self.pending).reshape(1)])
+        seen = torch.where(usable, seen, 0.0)
+        self.pending.zero_()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(seen)
-        ranks = seen[2].clamp_min(1)
-        self.measured.add_(seen[2] > 0)
-        rate = (1 / self.measured.clamp(min=1)).clamp(min=_MOMENTUM).to(self.task.dtype)
-        rate = rate * (seen[2] > 0)
-        for average, latest in ((self.task, seen[0]), (self.own, seen[1])):
-            average.lerp_(latest / ranks, rate)
+        known = seen[2] > 0
+        self.measured.add_(known)
+        rate = (1 / self.measured.clamp(min=1)).clamp(min=_MOMENTUM).to(seen.dtype) * known
+        self.task.lerp_(seen[0] / seen[2].clamp_min(1), rate)
+        self.own.lerp_(seen[1] / seen[2].clamp_min(1), rate)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy watches no backward pass of the original."""
-        return {**self.__dict__, "_watch": None}
-
-
-class _Watch:
-    """The norms of the gradients that arrive at the features of one step, pass by pass."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.task = weight.new_zeros(())
-        self.own = weight.new_zeros(())
-        self.sent: list[Tensor] = []
-
-    def tap(self, features: Tensor) -> Tensor:
-        own = features.clone() if is_ragged(features) else features.view_as(features)
-        # A copy: autograd adds the other gradients to this one in place.
-        own.register_hook(lambda gradient: self.sent.append(gradient.detach().clone()))  # type: ignore[no-untyped-call]
-        self.handle = features.register_hook(partial(_arrived, self))  # type: ignore[no-untyped-call]
-        return own
-
-    def leave(self) -> None:
-        self.handle.remove()  # a leaf would keep it
-
-
-@torch.no_grad()
-def _arrived(watch: _Watch, total: Tensor) -> None:
-    """A backward pass has brought `total`, of which the term sent what came before."""
-    sent, watch.sent = watch.sent, []
-    rest = _values(total.detach())
-    if sent:
-        own = _values(sum(sent[1:], sent[0]))
-        rest = rest - own
-        watch.own = _latest(watch.own, _norm(own) / watch.weight)
-    watch.task = _latest(watch.task, _norm(rest))
-
-
-def _latest(before: Tensor, now: Tensor) -> Tensor:
-    return torch.where(now > 0, now.to(before.dtype), before)
+        return {**self.__dict__, "_handle": None}
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -375,6 +375,8 @@ class FeatureAdversarialLoss(nn.Module):
             if self._updating and self.penalty_every > 1:
                 self._since_penalty = (self._since_penalty + 1) % self.penalty_every
                 self.penalty_step.fill_(self._since_penalty)
+        if not torch.is_grad_enabled():
+            return self._ask(game), None
         if not penalise:
             scores = self.discriminator(game)
             self._check_scores(game, scores)
@@ -430,16 +432,19 @@ class FeatureAdversarialLoss(nn.Module):
         """The points of both sides, checked, drawn, and in one space."""
         weight = self._weight_now()
         if watched and self._updating and isinstance(student, Tensor):
-            if not torch.compiler.is_compiling() and isinstance(teacher, Tensor):
-                self._advice.on_features(student, teacher)
-                self._advice.on_parameters(self, self._made_with, student)
+            watched = not torch.compiler.is_compiling()
             if self.balance is not None:
                 student = self.balance.tap(student, weight)
+        else:
+            watched = False
         game = entrance.enter(self, student, teacher, labels, mask, positions)
-        game, small = entrance.without_small_clouds(game, self.discriminator)
+        if watched:
+            self._advice.on_features(student, teacher)
+            self._advice.on_parameters(self, self._made_with, student)
         if self.training and self.max_points is not None and student.dim() > 2:
             game = entrance.draw(game, self.max_points, self.discriminator)
         game = entrance.correspond(game, self.discriminator)
+        game, small = entrance.without_small_clouds(game, self.discriminator)
         entrance.check_points(game)
         self._log(weight=weight, small_clouds=small)
         fake, real = game.student, game.teacher

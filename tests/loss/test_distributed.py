@@ -39,7 +39,7 @@ def test_the_same_numbers_as_from_one_process(results, game):
 
 def test_standardised_by_the_statistics_of_each_rank_it_trains(results):
     state = results[0]["point, standardised"]
-    assert state["fad.batches"] == 3
+    assert state["fad.teacher_units.batches"] == 3
     assert all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor))
 
 

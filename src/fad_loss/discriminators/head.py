@@ -135,7 +135,8 @@ class HeadDiscriminator(Discriminator):
         for path in self.levels:
             if path:
                 _replace(self.head, path, _Level(self.head.get_submodule(path)))
-        self.register_buffer("level_batches", torch.zeros((), dtype=torch.int64))
+        if self.levels:
+            self.register_buffer("level_batches", torch.zeros((), dtype=torch.int64))
         for number in range(len(self.levels)):
             # Its width is seen at the first batch.
             self.register_buffer(f"level_variance_{number}", torch.zeros(0))
