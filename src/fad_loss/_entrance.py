@@ -145,25 +145,26 @@ def enter(
 
 
 def _check_sides(fake: Points, real: Points, student: Tensor, teacher: Tensor) -> None:
-    both = f"{describe(student)} and {describe(teacher)}"
-    name = "student and teacher"
+    wanted, remedy = "", ""
     if student.dim() == teacher.dim() == 2 and len(student) != len(teacher):
+        wanted = "global features (B, C) of the same clouds"
         remedy = (
             "feed both the same batch, or compare them as sets of different size with "
             "student[None] and teacher[None]"
         )
-        raise expected(name, "global features (B, C) of the same clouds", both, remedy)
-    if student.dim() != teacher.dim():
+    elif student.dim() != teacher.dim():
         wanted = "both to be features of points or both global"
-        raise expected(name, wanted, both, "take layers of the same kind")
-    if fake.batch != real.batch:
-        wanted = "the same number of clouds B"
-        raise expected(name, wanted, both, "feed both the same batch")
-    if is_ragged(student) != is_ragged(teacher):
+        remedy = "take layers of the same kind"
+    elif fake.batch != real.batch:
+        wanted, remedy = "the same number of clouds B", "feed both the same batch"
+    elif is_ragged(student) != is_ragged(teacher):
+        wanted = "both ragged or both not"
         remedy = "wrap the other one in fad_loss.ragged"
-        raise expected(name, "both ragged or both not", both, remedy)
-    if student.device != teacher.device:
-        raise expected(name, "one device", both, "move one with .to(device)")
+    elif student.device != teacher.device:
+        wanted, remedy = "one device", "move one with .to(device)"
+    if wanted:
+        both = f"{describe(student)} and {describe(teacher)}"
+        raise expected("student and teacher", wanted, both, remedy)
 
 
 def _checked_labels(labels: object, student: Tensor) -> Tensor:

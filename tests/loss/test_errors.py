@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, PointDiscriminator, ragged
+from fad_loss import FeatureAdversarialLoss, PointDiscriminator, ragged
 
 S, T = torch.randn(2, 5, 4), torch.randn(2, 7, 6)
 LABELS = torch.tensor([0, 1])

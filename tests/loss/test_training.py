@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, capture_features, distances, ragged
-
 from fad_loss.discriminators import Points
 
 from .cases import DISCRIMINATORS, LEARNING, features, gradients, make
