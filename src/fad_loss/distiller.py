@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from fad_loss._errors import choose, expected, switch
+from fad_loss._errors import choose, describe, expected, switch
 from fad_loss._layouts import along, channels, in_layout, layout_of, one_per_cloud
 from fad_loss._points import LAYOUTS
 from fad_loss.capture import CapturedFeatures, capture_features
@@ -87,8 +87,9 @@ class Distiller(nn.Module):
         options: of each `FeatureAdversarialLoss` that is made here: `weight`, `discriminator`, ...
 
     Shape:
-        Features of points ``(B, N, C)`` or ``(B, C, N)``, ragged ones, or one per cloud, ``(B, C)``,
-        ``(B, C, 1)`` or ``(B, 1, C)``. Student and teacher may differ in layout, C and N.
+        Features of points ``(B, N, C)`` or ``(B, C, N)``, ragged ones, or one per cloud,
+        ``(B, C)``, ``(B, C, 1)`` or ``(B, 1, C)``. Student and teacher may differ in layout, C and
+        N.
 
     Raises:
         TypeError: not modules, or a layer that returns something other than a tensor.
@@ -148,6 +149,11 @@ class Distiller(nn.Module):
                 layout_of(f"student layer {pair.student!r}", mine, layouts[0], example),
                 layout_of(f"teacher layer {pair.teacher!r}", its, layouts[1], example),
             )
+            for kind in ("global", "ragged"):
+                if (found[0] == kind) != (found[1] == kind):
+                    both = f"{describe(mine)} and {describe(its)}"
+                    wanted = "two layers of features of points, or two of one per cloud"
+                    raise expected(f"layers[{pair.student!r}]", wanted, both)
             pairs.append(pair._replace(layouts=found))
             sizes = channels(mine, found[0]), channels(its, found[1])
             own = targets[pair.student][1]
@@ -194,7 +200,7 @@ class Distiller(nn.Module):
             raise expected("positions", wanted, "none", remedy)
         losses = [self._compare(pair, labels, mask, positions) for pair in self._pairs]
         self._forget()
-        return output, torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+        return output, sum(losses[1:], losses[0])
 
     def statistics(self) -> dict[str, Tensor]:
         """What to log of each loss, see `FeatureAdversarialLoss.statistics`.
@@ -325,7 +331,9 @@ def _checked_layers(layers: object, positions: object) -> dict[str, tuple[str, A
         raise expected("layers", "one loss for each pair", "the same for several", remedy)
     for path in {} if positions is None else positions:  # type: ignore[attr-defined]
         if path not in targets:
-            raise expected("positions", f"paths of layers, {', '.join(map(repr, targets))}", path)
+            raise expected(
+                "positions", f"paths of layers, {', '.join(map(repr, targets))}", repr(path)
+            )
     return targets
 
 
