@@ -71,7 +71,9 @@ class Network(nn.Module):
     def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
         self.scale, self.channels = scale, 4 * width
-        self.points = nn.Sequential(*layer(3, width), *layer(width, width), *layer(width, 4 * width))
+        self.points = nn.Sequential(
+            *layer(3, width), *layer(width, width), *layer(width, 4 * width)
+        )
         self.head = nn.Sequential(*layer(4 * width, 32), nn.Linear(32, KINDS))
 
     def forward(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +175,9 @@ def run(loop: Loop, options: dict[str, Any] | None = None) -> dict[str, Any]:
                 task = F.cross_entropy(logits, kinds)
                 own = task.new_zeros(()) if fad is None else fad(features, known)
             if fad is not None and step % 30 == 5:
-                pulls = [torch.autograd.grad(one, features, retain_graph=True)[0] for one in (task, own)]
+                pulls = [
+                    torch.autograd.grad(one, features, retain_graph=True)[0] for one in (task, own)
+                ]
                 of_task, of_own = (pull.float().norm() for pull in pulls)
                 shares.append(float((of_own / of_task).detach()))
             optimizer.zero_grad()
@@ -218,9 +222,7 @@ def matrix(arguments: argparse.Namespace) -> list[Loop]:
 def judged(rows: Sequence[dict[str, Any]]) -> None:
     """Add to each row by how much it is ahead of the student alone, and whether that will do."""
     keys = ("optimizer", "clipping", "teacher_scale", "student_scale", "precision")
-    alone = {
-        tuple(r[k] for k in keys): r["accuracy"] for r in rows if r["discriminator"] is None
-    }
+    alone = {tuple(r[k] for k in keys): r["accuracy"] for r in rows if r["discriminator"] is None}
     for row in rows:
         row["ahead"] = round(row["accuracy"] - alone[tuple(row[k] for k in keys)], 4)
         behind = row["ahead"] < -TOLERANCE and row["discriminator"] not in LEARNING
@@ -232,6 +234,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table("optimizer", "clipping", "discriminator", "loops", "not finite", "behind")
     for name in ("least ahead", "mean ahead", "share of the task's pull"):
         shown.add_column(name, justify="right")
+
     def group(row: dict[str, Any]) -> tuple[str, str, str]:
         return row["optimizer"], row["clipping"], row["discriminator"]
 

@@ -105,7 +105,8 @@ class Advice:
 
 def _a_parameter(features: Tensor) -> Tensor | None:
     """A leaf that `features` were computed from: one of the student's parameters."""
-    todo, seen = [features.grad_fn], set()
+    todo: list[Any] = [features.grad_fn]
+    seen: set[Any] = set()
     while todo and len(seen) < _NODES:
         node = todo.pop()
         if node is None or node in seen:

@@ -231,9 +231,7 @@ def _whole_labels(game: Game) -> Tensor | None:
 
 
 def correspond(game: Game, discriminator: Discriminator) -> Game:
-    """Where points should correspond and it is known where they lie: the teacher's features at the
-    student's points.
-    """
+    """Where points should correspond and their places are known: the teacher's at the student's."""
     student, teacher = game.student, game.teacher
     if not discriminator.corresponding or student.positions is None or teacher.positions is None:
         return game
@@ -251,7 +249,7 @@ def correspond(game: Game, discriminator: Discriminator) -> Game:
     return replace(game, student=replace(student, positions=None), teacher=matched)
 
 
-def check_points(loss: FeatureAdversarialLoss, game: Game) -> None:
+def check_points(game: Game) -> None:
     """Refuse features that are not finite, where they may be looked at."""
     for name, points in (("student", game.student), ("teacher", game.teacher)):
         check_finite(name, points.features)

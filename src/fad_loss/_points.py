@@ -158,12 +158,6 @@ class Points:
         """The features in the public form: ``(B, N, C)``, or ragged ``(B, j, C)``."""
         return self.like(self.features)
 
-    def counted(self) -> Tensor:
-        """The features of the points that count, ``(points, C)``; waits for the device if masked."""
-        if self.mask is not None:
-            return self.features[self.mask]
-        return self.features.flatten(0, -2)
-
     # ------------------------------------------------------------------- others made of them
 
     def with_features(self, features: Tensor) -> Points:
@@ -274,7 +268,7 @@ class Points:
         weights = (logits - highest[index]).exp()
         return weights / self.sum(weights)[index]
 
-    def fill(self, values: Tensor, number: float) -> Tensor:
+    def fill(self, values: Tensor, number: float | Tensor) -> Tensor:
         """Dense `values` with `number` in place of those of points that do not count."""
         if self.mask is None:
             return values
@@ -313,7 +307,7 @@ def _as_mask(mask: object, points: Tensor, name: str) -> Tensor:
     return flat
 
 
-def _as_positions(positions: object, points: Tensor, layout: str, name: str) -> Tensor:
+def _as_positions(positions: Tensor, points: Tensor, layout: str, name: str) -> Tensor:
     """``(B, N, D)`` for dense `points`, packed ``(P, D)`` for ragged ones; without a graph."""
     check_tensor(name, positions)
     given = positions

@@ -66,7 +66,8 @@ def interpolate(
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     rows = index.flatten(1).unsqueeze(-1).expand(-1, -1, features.shape[-1])
     near = features.gather(1, rows).view(*index.shape, -1)
-    return (weights.to(near.dtype).unsqueeze(-1) * near).sum(2)
+    result: Tensor = (weights.to(near.dtype).unsqueeze(-1) * near).sum(2)
+    return result
 
 
 def _size(t: Tensor) -> str:

@@ -163,7 +163,8 @@ def _latest(before: Tensor, now: Tensor) -> Tensor:
 
 def _norm(gradient: Tensor) -> Tensor:
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient.to(wide))
+    norm: Tensor = torch.linalg.vector_norm(gradient.to(wide))
+    return norm
 
 
 def _values(t: Tensor) -> Tensor:

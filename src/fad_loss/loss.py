@@ -19,7 +19,7 @@ from fad_loss._ragged import cloud_mean, flat, is_ragged, pack, pointwise
 from fad_loss.discriminators import Scores
 from fad_loss.discriminators.base import at_least_float32, held_still
 from fad_loss.gradients import GradientBalance, weigh_gradient
-from fad_loss.objectives import Masks, Objective, get_objective
+from fad_loss.objectives import Objective, get_objective
 from fad_loss.penalties import lecam as lecam_penalty
 from fad_loss.penalties import penalized_scores
 from fad_loss.standardize import Standardize
@@ -379,20 +379,23 @@ class FeatureAdversarialLoss(nn.Module):
             scores = self.discriminator(game)
             self._check_scores(game, scores)
             return scores, None
-        penalties, of_sides = [], {}
-        for side in ("student", "teacher"):
+        penalties: list[Tensor] = []
+        of_sides: dict[Side, Tensor] = {}
+        sides: tuple[Side, Side] = ("student", "teacher")
+        for side in sides:
 
             def score(leaf: Tensor, side: Side = side) -> Tensor:
-                return self.discriminator(entrance.with_leaf(game, side, leaf), side)
+                scores: Tensor = self.discriminator(entrance.with_leaf(game, side, leaf), side)
+                return scores
 
             points = game.points(side)
             of_sides[side], penalty = penalized_scores(score, points.tensor(), points.mask)
             penalties.append(penalty)
         self._check_scores(game, of_sides)
-        return Scores(**of_sides), penalties[0] + penalties[1]
+        return Scores(of_sides["student"], of_sides["teacher"]), penalties[0] + penalties[1]
 
     def _check_scores(self, game: Game, scores: Scores | dict[Side, Tensor]) -> None:
-        of_sides = scores._asdict() if isinstance(scores, Scores) else scores
+        of_sides: dict[Any, Tensor] = scores._asdict() if isinstance(scores, Scores) else scores
         for side, one in of_sides.items():
             points, fits = game.points(side), False
             if isinstance(one, Tensor):
@@ -437,7 +440,7 @@ class FeatureAdversarialLoss(nn.Module):
         if self.training and self.max_points is not None and student.dim() > 2:
             game = entrance.draw(game, self.max_points, self.discriminator)
         game = entrance.correspond(game, self.discriminator)
-        entrance.check_points(self, game)
+        entrance.check_points(game)
         self._log(weight=weight, small_clouds=small)
         fake, real = game.student, game.teacher
         fake = fake.map(lambda values: weigh_gradient(values, weight))
@@ -527,7 +530,7 @@ def _take_up(loss: FeatureAdversarialLoss, _: object) -> None:
     loss._since_penalty = int(loss.penalty_step)
 
 
-def _masks(game: Game) -> dict[str, Masks]:
+def _masks(game: Game) -> dict[str, Any]:
     """The objective's keyword, for those that know of masks, if there are any."""
     masks = game.student.mask, game.teacher.mask
     return {} if masks == (None, None) else {"mask": masks}

@@ -291,9 +291,7 @@ class Relativistic(Objective):
 
     @staticmethod
     def _margin(fake: Tensor, real: Tensor, mask: Masks) -> tuple[Tensor, Tensor]:
-        """By how much the student's cloud scores above the teacher's, ``(B,)``, and whether it
-        counts: a cloud without points does not.
-        """
+        """By how much a student's cloud scores above its teacher's, and whether it counts, (B,)."""
         if fake.shape[0] != real.shape[0]:
             message = (
                 "real, fake: the relativistic objective pairs the clouds, expected the same number "

@@ -1,7 +1,7 @@
 """Modules that score the points of a game: the higher, the more they are taken for the teacher's.
 
-All are called as ``discriminator(game, side)`` with a `Game` of both players' points, and return one
-score per point, ``(B, N)`` or ragged, or one per cloud, ``(B,)``; without a side, those of both.
+All are called as ``discriminator(game, side)`` with a `Game` of both players' points, and return
+one score per point, ``(B, N)`` or ragged, or one per cloud, ``(B,)``; without a side, of both.
 """
 
 from fad_loss._game import Game

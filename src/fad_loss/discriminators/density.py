@@ -166,8 +166,8 @@ class TeacherDiscriminator(Discriminator):
         if self.condition and not _correspond(game.student, game.teacher):
             message = (
                 'condition: "point" compares point i of the student with point i of the teacher, '
-                f"got {describe(game.student.tensor())} and {describe(game.teacher.tensor())}; take "
-                "layers before any sampling, pass positions= of both, or condition=None"
+                f"got {describe(game.student.tensor())} and {describe(game.teacher.tensor())}; "
+                "take layers before any sampling, pass positions= of both, or condition=None"
             )
             raise ValueError(message)
         asked = self._in_units(game)
@@ -181,25 +181,23 @@ class TeacherDiscriminator(Discriminator):
         return asked, self._in_units(still) if leaf else asked
 
     def _in_units(self, game: Game) -> Game:
-        """Both sides' points embedded, in units of the teacher's spread, with positions, if there
-        are any, as more channels.
-        """
-        both = (game.student, game.teacher)
+        """Both sides' points, embedded, in units of the teacher's spread, positions as channels."""
+        both: tuple[Points, ...] = (game.student, game.teacher)
         if self.embedding is not None:
             both = tuple(points.map(self.embedding) for points in both)
         if not self.witness:
             to_units = _units(both[1], both[1].features)
             both = tuple(points.with_features(to_units(points, points.features)) for points in both)
-        places = game.student.positions, game.teacher.positions
-        if None not in places:
-            to_units = _units(game.teacher, game.teacher.positions)
+        place, there = game.student.positions, game.teacher.positions
+        if place is not None and there is not None:
+            to_units = _units(game.teacher, there)
             both = tuple(
                 points.with_features(
                     torch.cat(
                         [points.features, to_units(points, place).to(points.features.dtype)], -1
                     )
                 )
-                for points, place in zip(both, places, strict=True)
+                for points, place in zip(both, (place, there), strict=True)
             )
         return replace(game, student=both[0], teacher=both[1])
 
@@ -282,9 +280,9 @@ def _correspond(student: Points, teacher: Points) -> bool:
 
 
 def _units(teacher: Points, values: Tensor) -> Callable[[Points, Tensor], Tensor]:
-    """What puts values per point into units of the teacher's cloud: its mean, and the root of its
-    spread, the mean squared distance between its points, twice the variance summed over channels.
+    """What puts values per point into units of the teacher's cloud: its mean and its spread's root.
 
+    The spread is the mean squared distance between its points, twice the variance summed over C.
     Points that coincide but for rounding have none; their squared distance from the origin stands
     in, or 1: a cloud without spread must not outweigh all others.
     """

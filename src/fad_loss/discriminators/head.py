@@ -130,7 +130,7 @@ class HeadDiscriminator(Discriminator):
         _check_head(head)
         self.head = _frozen_copy(head)
         self.head.eval()
-        self.corresponding = pool is None and self._to_teacher
+        self.corresponding = pool is None and target == "teacher"
         self.levels = _checked_levels(levels, self.head, self._to_teacher)
         for path in self.levels:
             if path:
@@ -209,7 +209,7 @@ class HeadDiscriminator(Discriminator):
         return variances
 
     def _opinion(self, name: str, points: Points) -> tuple[Tensor, list[Tensor]]:
-        """The head's log-probabilities, ``(B, K)`` or of the points, and what the levels put out."""
+        """The head's log-probabilities, ``(B, K)`` or per point, and what the levels put out."""
         features = points.features
         inputs = features if self._pool is None else self._pool(points, features)
         rows = inputs.flatten(0, -2)
@@ -220,7 +220,7 @@ class HeadDiscriminator(Discriminator):
             if path:
                 level = self.head.get_submodule(path)
                 seen = self._as_rows(f"of level {path!r}", level.seen, rows)
-                level.seen = None
+                level.seen = None  # type: ignore[assignment]
             else:
                 seen = rows
             levels.append(at_least_float32(seen).reshape(*inputs.shape[:-1], seen.shape[-1]))

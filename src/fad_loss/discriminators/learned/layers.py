@@ -23,6 +23,7 @@ class Linear(nn.Linear):
     """A linear layer whose weight, parametrised or not, is computed outside autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """The linear map."""
         return F.linear(x, _weight(self, x), self.bias)
 
 
@@ -30,6 +31,7 @@ class Embedding(nn.Embedding):
     """An embedding whose weight, parametrised or not, is computed outside autocast."""
 
     def forward(self, index: Tensor) -> Tensor:
+        """The embedded rows."""
         return F.embedding(index, _weight(self, index))
 
 
