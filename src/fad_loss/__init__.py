@@ -17,11 +17,13 @@ from fad_loss.discriminators import (
     PointDiscriminator,
     TeacherDiscriminator,
 )
+from fad_loss.distiller import Distiller
 from fad_loss.loss import FeatureAdversarialLoss
 from fad_loss.ragged import ragged
 
 __all__ = [
     "CloudDiscriminator",
+    "Distiller",
     "FeatureAdversarialLoss",
     "HeadDiscriminator",
     "MatchDiscriminator",
