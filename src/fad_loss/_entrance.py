@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss._checks import check_finite
-from fad_loss._errors import choose, describe, expected
+from fad_loss._errors import choose, count, describe, expected
 from fad_loss._game import Game, Side, both_sides
 from fad_loss._points import Points
-from fad_loss._ragged import is_ragged, pack
+from fad_loss._ragged import flat, is_ragged, pack
 from fad_loss.correspondence import interpolate
 from fad_loss.discriminators import (
     CloudDiscriminator,
@@ -21,6 +21,7 @@ from fad_loss.discriminators import (
     MatchDiscriminator,
     NeighborhoodDiscriminator,
     PointDiscriminator,
+    Scores,
     TeacherDiscriminator,
     as_discriminator,
 )
@@ -74,6 +75,26 @@ def make_discriminator(discriminator: str | nn.Module, channels: int) -> Discrim
         )
         raise ValueError(message)
     return choose("discriminator", discriminator, DISCRIMINATORS)(channels)
+
+
+def limit_of_points(max_points: int | str | None, discriminator: Discriminator) -> int | None:
+    """How many points of each cloud to compare; None for all."""
+    if isinstance(max_points, str) and max_points != "auto":
+        wanted = "a number of at least 2, None (all) or 'auto'"
+        raise expected("max_points", wanted, repr(max_points))
+    limit = discriminator.default_max_points if max_points == "auto" else max_points
+    return None if limit is None else count("max_points", limit, 2)
+
+
+def check_regularisers(discriminator: Discriminator, **weights: float) -> None:
+    """Refuse to regularise what does not learn."""
+    for name, weight in weights.items():
+        if weight and not discriminator.learns:
+            message = (
+                f"{name}: {name_of(discriminator)} has no trainable parameters to regularise; "
+                f"set {name}=0 or take a discriminator that learns"
+            )
+            raise ValueError(message)
 
 
 def _check_name(argument: str, value: object, known: Iterable[str]) -> None:
@@ -130,9 +151,9 @@ def enter(
             )
             raise ValueError(message)
     _check_sides(fake, real, student, teacher)
-    if loss._logged.device != student.device:
+    if loss.steps.device != student.device:
         remedy = f"move the loss with fad.to({str(student.device)!r})"
-        raise expected("student", f"the device of the loss, {loss._logged.device}", student, remedy)
+        raise expected("student", f"the device of the loss, {loss.steps.device}", student, remedy)
     if labels is not None:
         labels = _checked_labels(labels, student)
     if positions is not None and not loss.discriminator.positional:
@@ -203,19 +224,19 @@ def without_small_clouds(game: Game, discriminator: Discriminator) -> tuple[Game
     return replace(game, student=student, teacher=teacher), (~enough).sum()
 
 
-def draw(game: Game, count: int, discriminator: Discriminator) -> Game:
-    """At most `count` points of each cloud; clouds of as many on both sides keep the same ones."""
+def draw(game: Game, most: int, discriminator: Discriminator) -> Game:
+    """At most `most` points of each cloud; clouds of as many on both sides keep the same ones."""
     student, teacher = game.student, game.teacher
     dense = not (student.uneven or teacher.uneven)
     sizes = student.features.shape[1], teacher.features.shape[1]
-    if dense and max(sizes) <= count:
+    if dense and max(sizes) <= most:
         return game
     chance = torch.rand(
-        (student.batch, count + 1), dtype=torch.float64, device=student.features.device
+        (student.batch, most + 1), dtype=torch.float64, device=student.features.device
     )
     if discriminator.corresponding and teacher.positions is not None:
         # The teacher's points are for the interpolation to choose from.
-        return replace(game, student=student.draw(count, chance), labels=_whole_labels(game))
+        return replace(game, student=student.draw(most, chance), labels=_whole_labels(game))
     if discriminator.corresponding and dense and sizes[0] != sizes[1]:
         return game  # for the discriminator to refuse: equal numbers would hide it
     labels = game.labels
@@ -223,8 +244,8 @@ def draw(game: Game, count: int, discriminator: Discriminator) -> Game:
         # A class of each point goes where the point goes, as one more feature would.
         values = pack(labels)[0] if is_ragged(labels) else labels
         numbers = student.with_features(values.unsqueeze(-1).double())
-        labels = numbers.draw(count, chance).features.squeeze(-1).to(labels.dtype)
-    return Game(student.draw(count, chance), teacher.draw(count, chance), labels)
+        labels = numbers.draw(most, chance).features.squeeze(-1).to(labels.dtype)
+    return Game(student.draw(most, chance), teacher.draw(most, chance), labels)
 
 
 def _whole_labels(game: Game) -> Tensor | None:
@@ -256,8 +277,42 @@ def check_points(game: Game) -> None:
         check_finite(name, points.features)
 
 
-def with_leaf(game: Game, side: Side, leaf: Tensor) -> Game:
-    """The game with that side's features replaced by a leaf, for a gradient penalty."""
-    values = pack(leaf)[0] if is_ragged(leaf) else leaf
-    points = game.points(side).with_features(values)
-    return replace(game, student=points) if side == "student" else replace(game, teacher=points)
+def adapt(adapter: nn.Module, values: Tensor, channels: int) -> Tensor:
+    """The student's features in the teacher's channels."""
+    first = next(adapter.parameters(), None)
+    # Half-precision features meet a float32 adapter outside autocast too.
+    adapted: Tensor = adapter(values if first is None else values.to(first.dtype))
+    if adapted.shape != (*values.shape[:-1], channels):
+        message = (
+            f"adapter: expected it to map channels-last features to the teacher's {channels} "
+            f"channels, got {describe(adapted)} from {describe(values)}"
+        )
+        raise ValueError(message)
+    return adapted
+
+
+# ----------------------------------------------------------------------------------------- scores
+
+
+def check_scores(
+    discriminator: Discriminator, game: Game, scores: Scores | dict[Side, Tensor]
+) -> None:
+    """Refuse what is not one finite score per point or per cloud."""
+    of_sides: dict[Any, Tensor] = scores._asdict() if isinstance(scores, Scores) else scores
+    for side, one in of_sides.items():
+        points, fits = game.points(side), False
+        if isinstance(one, Tensor):
+            rows = points.features.shape[:-1]
+            if is_ragged(one):
+                fits = points.offsets is not None and pack(one)[0].shape == rows
+            else:
+                fits = one.shape == (points.batch,)
+                fits = fits or (points.offsets is None and one.shape == rows)
+        if not fits:
+            message = (
+                f"discriminator: expected {name_of(discriminator)} to return one score per point, "
+                f"(B, N), or per cloud, (B,), got {describe(one)} for features "
+                f"{describe(points.tensor())}; squeeze a trailing axis of size 1, for example"
+            )
+            raise ValueError(message)
+        check_finite("discriminator: scores", flat(one))

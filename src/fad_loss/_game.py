@@ -49,6 +49,7 @@ class Game:
             ValueError: different numbers of clouds or channels.
 
         Example:
+            >>> import torch
             >>> game = Game.of(torch.zeros(2, 5, 3), torch.zeros(2, 7, 3))
             >>> game.student.lengths(), game.teacher.lengths()
             (tensor([5, 5]), tensor([7, 7]))
@@ -70,6 +71,17 @@ class Game:
     def points(self, side: Side) -> Points:
         """The points of that side."""
         return self.student if side == "student" else self.teacher
+
+    def with_features(self, side: Side, features: Tensor) -> Game:
+        """The same game with other features of one side's points."""
+        if side == "student":
+            return replace(self, student=self.student.with_features(features))
+        return replace(self, teacher=self.teacher.with_features(features))
+
+    def masks(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Which points count on either side, as the keyword of an objective; {} if all do."""
+        masks = self.student.mask, self.teacher.mask
+        return {} if masks == (None, None) else {"mask": masks}
 
     def still(self) -> Game:
         """The same game, in which no gradient reaches the student's features."""

@@ -193,6 +193,8 @@ class Points:
             count: how many.
             chance: ``(B, count + 1)`` numbers in [0, 1).
         """
+        if not self.uneven and self.features.shape[1] <= count:
+            return self
         lengths = self.lengths().unsqueeze(1)
         taken = lengths.clamp(max=count)
         piece = torch.arange(count, device=lengths.device)

@@ -41,9 +41,10 @@ def interpolate(
 
     Example:
         >>> positions = torch.tensor([[[0.0], [1.0], [4.0]]])
-        >>> interpolate(10 * positions, positions, torch.tensor([[[0.0], [0.5]]]), k=2)
-        tensor([[[0.],
-                 [5.]]])
+        >>> at = torch.tensor([[[0.5], [3.0]]])
+        >>> interpolate(10 * positions, positions, at, k=2)  # 3 is twice as near to 4 as to 1
+        tensor([[[ 5.],
+                 [34.]]])
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise expected("k", "a positive number of neighbours", repr(k))

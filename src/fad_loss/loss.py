@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from fad_loss import _entrance as entrance
 from fad_loss._advice import Advice
-from fad_loss._checks import check_finite, count_non_finite
-from fad_loss._errors import amount, choose, count, describe, expected, switch
+from fad_loss._checks import count_non_finite
+from fad_loss._errors import amount, choose, count, switch
 from fad_loss._fingerprints import converted, fingerprints, untrained
 from fad_loss._game import Game, Side
 from fad_loss._points import LAYOUTS, Points
-from fad_loss._ragged import cloud_mean, flat, is_ragged, pack, pointwise
+from fad_loss._ragged import cloud_mean, flat
+from fad_loss._state import VERSION, Record, WideBuffers, refuse_other_versions, separability
 from fad_loss.discriminators import Scores
 from fad_loss.discriminators.base import at_least_float32, held_still
 from fad_loss.gradients import GradientBalance, weigh_gradient
 from fad_loss.objectives import Objective, get_objective
 from fad_loss.penalties import lecam as lecam_penalty
-from fad_loss.penalties import penalized_scores
+from fad_loss.penalties import penalized_sides
 from fad_loss.standardize import Standardize
 
 if TYPE_CHECKING:
@@ -29,27 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureAdversarialLoss"]
 
-_STATISTICS: Final = (
-    "student_loss",
-    "discriminator_loss",
-    "real_score",
-    "fake_score",
-    "separability",
-    "penalty",
-    "weight",
-    "non_finite",
-    "small_clouds",
-)
-# The teacher's statistics, the student's, which change while it learns, and LeCam's averages forget
-# with these rates.
+# The rates at which the teacher's statistics, the student's, which change while it learns, and
+# LeCam's averages forget.
 _TEACHER_MOMENTUM: Final = 0.01
 _STUDENT_MOMENTUM: Final = 0.1
 _DECAY: Final = 0.99
-# Of what a state dict holds. 1 was that of fad_loss 0.1.
-_STATE: Final = 2
 
 
-class FeatureAdversarialLoss(nn.Module):
+class FeatureAdversarialLoss(WideBuffers):
     r"""Teach a student to produce features that the teacher's features take for their own.
 
     .. math::
@@ -175,25 +163,17 @@ class FeatureAdversarialLoss(nn.Module):
         if weight is None:
             weight = 1.0 if balance else self.discriminator.default_weight
         self.weight = amount("weight", weight)
-        if isinstance(max_points, str) and max_points != "auto":
-            wanted = "a number of at least 2, None (all) or 'auto'"
-            raise expected("max_points", wanted, repr(max_points))
-        limit = self.discriminator.default_max_points if max_points == "auto" else max_points
-        self.max_points = None if limit is None else count("max_points", limit, 2)
-        for name, value in (("gradient_penalty", gradient_penalty), ("lecam", lecam)):
-            if value and not self.discriminator.learns:
-                message = (
-                    f"{name}: {entrance.name_of(self.discriminator)} has no trainable parameters "
-                    f"to regularise; set {name}=0 or take a discriminator that learns"
-                )
-                raise ValueError(message)
+        self.max_points = entrance.limit_of_points(max_points, self.discriminator)
+        entrance.check_regularisers(
+            self.discriminator, gradient_penalty=gradient_penalty, lecam=lecam
+        )
         self.student_units = Standardize(student_channels, _STUDENT_MOMENTUM)
         self.teacher_units = Standardize(teacher_channels, _TEACHER_MOMENTUM)
-        self.register_buffer("state", torch.tensor(_STATE))
+        self.register_buffer("state", torch.tensor(VERSION))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("penalty_step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("average_scores", torch.zeros(2))
-        self.register_buffer("_logged", torch.zeros(len(_STATISTICS)), persistent=False)
+        self.record = Record()
         # The same as `penalty_step`, where no device need be waited for.
         self._since_penalty = 0
         self._advice = Advice()
@@ -204,7 +184,6 @@ class FeatureAdversarialLoss(nn.Module):
     steps: Tensor
     penalty_step: Tensor
     average_scores: Tensor
-    _logged: Tensor
 
     # ------------------------------------------------------------------------------ the losses
 
@@ -281,7 +260,8 @@ class FeatureAdversarialLoss(nn.Module):
 
         ``student_loss``, ``discriminator_loss``, ``real_score`` and ``fake_score`` (means),
         ``separability`` (the share of scores on the right side of the midpoint between the two
-        means: 0.5 means that the features cannot be told apart), ``penalty`` (the latest that was
+        means: 0.5 if the two cannot be told apart, which the teacher's densities, in which a point
+        counts itself, only say of sets that agree), ``penalty`` (the latest that was
         computed), ``weight`` (of the student's gradient, with warm-up and balance in it),
         ``non_finite`` (how many features were NaN or infinite), ``small_clouds`` (how many had too
         few points to say anything), and ``untrained_parameters``: how many of the loss's trainable
@@ -289,7 +269,7 @@ class FeatureAdversarialLoss(nn.Module):
         should be 0 (or 1, where an objective compares scores and their common bias has no
         gradient); if it is more, put ``fad.parameters()`` into the optimizer.
         """
-        values = dict(zip(_STATISTICS, self._logged.clone().unbind(), strict=True))
+        values = self.record.read()
         still = untrained(self, self._made_with).values()
         values["untrained_parameters"] = sum(still, torch.zeros_like(self.steps))
         return values
@@ -302,7 +282,7 @@ class FeatureAdversarialLoss(nn.Module):
 
     def _weight_now(self) -> Tensor:
         """The weight of the student's gradient at this step: warm-up and balance included."""
-        weight = torch.full((), self.weight, device=self._logged.device)
+        weight = torch.full((), self.weight, device=self.steps.device)
         if self.warmup_steps:
             weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1)
         return weight if self.balance is None else weight * self.balance.factor()
@@ -317,7 +297,7 @@ class FeatureAdversarialLoss(nn.Module):
         else:
             scores = self._ask(game, "student")
         real = None if known is None else known.teacher.detach()
-        loss = self.objective.student(scores, real, **_masks(game))
+        loss = self.objective.student(scores, real, **game.masks())
         if self._updating:
             if not torch.compiler.is_compiling():
                 self._advice.on_scores(flat(scores))
@@ -335,26 +315,21 @@ class FeatureAdversarialLoss(nn.Module):
             scores = self._ask(game) if known is None else known
             scores = Scores(scores.student.detach(), scores.teacher.detach())
         fake, real = scores
-        masks = _masks(game)
+        masks = game.masks()
         loss = self.objective.discriminator(real, fake, **masks)
-        sides = ((real, game.teacher.mask), (fake, game.student.mask))
-        with torch.no_grad():
-            means = torch.stack([cloud_mean(*side).mean() for side in sides])
-            middle = means.mean()
-            right = cloud_mean(_pointwise(lambda s: s > middle, real), sides[0][1]).mean()
-            right = right + cloud_mean(_pointwise(lambda s: s < middle, fake), sides[1][1]).mean()
+        means, separable = separability(real, fake, **masks)
         self._log(
             discriminator_loss=loss,
             real_score=means[0],
             fake_score=means[1],
-            separability=right / 2,
+            separability=separable,
         )
         if penalty is not None:
             loss = loss + self.gradient_penalty * self.penalty_every * penalty
             self._log(penalty=penalty)
         if self.lecam:
             averages = self.average_scores
-            loss = loss + self.lecam * lecam_penalty(real, fake, *averages, **masks)
+            loss = loss + self.lecam * lecam_penalty(real, fake, averages[0], averages[1], **masks)
             if self._updating:
                 latest = means.to(averages.dtype)
                 latest = torch.where(torch.isfinite(latest).all(), latest, averages)
@@ -364,7 +339,7 @@ class FeatureAdversarialLoss(nn.Module):
     def _ask(self, game: Game, side: Side | None = None) -> Any:
         """Scores of a discriminator that stands still, of both sides or of one."""
         scores = held_still(self.discriminator, game, side)
-        self._check_scores(game, scores if side is None else {side: scores})
+        entrance.check_scores(self.discriminator, game, scores if side is None else {side: scores})
         return scores
 
     def _learning_scores(self, game: Game) -> tuple[Scores, Tensor | None]:
@@ -379,43 +354,11 @@ class FeatureAdversarialLoss(nn.Module):
             return self._ask(game), None
         if not penalise:
             scores = self.discriminator(game)
-            self._check_scores(game, scores)
+            entrance.check_scores(self.discriminator, game, scores)
             return scores, None
-        penalties: list[Tensor] = []
-        of_sides: dict[Side, Tensor] = {}
-        sides: tuple[Side, Side] = ("student", "teacher")
-        for side in sides:
-
-            def score(leaf: Tensor, side: Side = side) -> Tensor:
-                scores: Tensor = self.discriminator(entrance.with_leaf(game, side, leaf), side)
-                return scores
-
-            points = game.points(side)
-            of_sides[side], penalty = penalized_scores(score, points.tensor(), points.mask)
-            penalties.append(penalty)
-        self._check_scores(game, of_sides)
-        return Scores(of_sides["student"], of_sides["teacher"]), penalties[0] + penalties[1]
-
-    def _check_scores(self, game: Game, scores: Scores | dict[Side, Tensor]) -> None:
-        of_sides: dict[Any, Tensor] = scores._asdict() if isinstance(scores, Scores) else scores
-        for side, one in of_sides.items():
-            points, fits = game.points(side), False
-            if isinstance(one, Tensor):
-                rows = points.features.shape[:-1]
-                if is_ragged(one):
-                    fits = points.offsets is not None and pack(one)[0].shape == rows
-                else:
-                    fits = one.shape == (points.batch,)
-                    fits = fits or (points.offsets is None and one.shape == rows)
-            if not fits:
-                message = (
-                    f"discriminator: expected {entrance.name_of(self.discriminator)} to return one "
-                    f"score per point, (B, N), or per cloud, (B,), got {describe(one)} for "
-                    f"features {describe(points.tensor())}; squeeze a trailing axis of size 1, for "
-                    "example"
-                )
-                raise ValueError(message)
-            check_finite("discriminator: scores", flat(one))
+        fake, real, penalty = penalized_sides(self.discriminator, game)
+        entrance.check_scores(self.discriminator, game, {"student": fake, "teacher": real})
+        return Scores(fake, real), penalty
 
     # ------------------------------------------------------------------------------- features
 
@@ -459,7 +402,7 @@ class FeatureAdversarialLoss(nn.Module):
                 self.student_units.observe(fake)
                 self.teacher_units.observe(real)
             fake = self.student_units(fake.map(at_least_float32))
-        fake = fake.map(self._adapt)
+        fake = fake.map(lambda v: entrance.adapt(self.adapter, v, self.teacher_channels))
         dtype = torch.promote_types(fake.features.dtype, real.features.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         fake, real = (points.map(lambda values: values.to(dtype)) for points in (fake, real))
@@ -473,55 +416,22 @@ class FeatureAdversarialLoss(nn.Module):
         kind = entrance.floating_dtype(self.discriminator, dtype)
         return fake.map(lambda values: values.to(kind)), real.map(lambda values: values.to(kind))
 
-    def _adapt(self, values: Tensor) -> Tensor:
-        first = next(self.adapter.parameters(), None)
-        # Half-precision features meet a float32 adapter outside autocast too.
-        adapted: Tensor = self.adapter(values if first is None else values.to(first.dtype))
-        if adapted.shape != (*values.shape[:-1], self.teacher_channels):
-            message = (
-                f"adapter: expected it to map channels-last features to the teacher's "
-                f"{self.teacher_channels} channels, got {describe(adapted)} from {describe(values)}"
-            )
-            raise ValueError(message)
-        return adapted
-
     # ----------------------------------------------------------------------------------- state
 
     def _log(self, **values: Tensor) -> None:
-        if not self._updating:
-            return
-        for name, value in values.items():
-            self._logged[_STATISTICS.index(name)] = value.detach().to(self._logged.dtype)
+        if self._updating:
+            self.record.write(**values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert or move; what was not trained before still is not, even if it was rounded.
-
-        Statistics stay in float32 at least: in half precision they would overflow, or stand still.
-        """
+        """Convert or move; what was not trained before still is not, even if it was rounded."""
         before = untrained(self, self._made_with)
-        statistics = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._made_with = converted(self, self._made_with, before)
-        for name, given in statistics.items():
-            now = getattr(self, name)
-            if now.dtype in {torch.float16, torch.bfloat16}:
-                setattr(self, name, given.to(now.device, torch.float32))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse what another version has written, by name, instead of loading half of it."""
-        errors = args[-1]
-        version = state_dict.get(f"{prefix}state")
-        if version is None and f"{prefix}teacher_mean" in state_dict:
-            errors.append(
-                f"{prefix}state: expected a state of fad_loss 0.2, got one of 0.1, whose adapter "
-                "took features as they come; train the loss again (the student's weights still fit)"
-            )
-        elif isinstance(version, Tensor) and int(version) > _STATE:
-            errors.append(
-                f"{prefix}state: expected version {_STATE} or older, got {int(version)}; update "
-                "fad_loss"
-            )
+        """Load, unless another version has written it."""
+        refuse_other_versions(state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -533,13 +443,3 @@ def _take_up(loss: FeatureAdversarialLoss, _: object) -> None:
     """After loading, trained means different from what was loaded."""
     loss._made_with = fingerprints(loss)
     loss._since_penalty = int(loss.penalty_step)
-
-
-def _masks(game: Game) -> dict[str, Any]:
-    """The objective's keyword, for those that know of masks, if there are any."""
-    masks = game.student.mask, game.teacher.mask
-    return {} if masks == (None, None) else {"mask": masks}
-
-
-def _pointwise(function: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
-    return pointwise(lambda values: function(values).to(values.dtype), scores)

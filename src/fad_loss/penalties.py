@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fad_loss._checks import check_tensor
 from fad_loss._errors import describe
-from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, pointwise, unpack
+from fad_loss._game import Game, Side
+from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, packed, pointwise, unpack
 from fad_loss.objectives import Masks, as_scores
 
 __all__ = ["lecam", "penalized_scores", "r1", "r2"]
@@ -185,6 +186,22 @@ def _check_pair(scores: Tensor, features: Tensor) -> None:
             f"{describe(scores)} for {describe(features)}"
         )
         raise ValueError(message)
+
+
+def penalized_sides(
+    discriminator: Callable[[Game, Side], Tensor], game: Game
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score both sides of a game, and penalise: the student's scores, the teacher's, R1 + R2."""
+
+    def of_side(side: Side) -> tuple[Tensor, Tensor]:
+        def score(leaf: Tensor) -> Tensor:
+            return discriminator(game.with_features(side, packed(leaf)), side)
+
+        points = game.points(side)
+        return penalized_scores(score, points.tensor(), points.mask)
+
+    (fake, r2_of_fake), (real, r1_of_real) = of_side("student"), of_side("teacher")
+    return fake, real, r2_of_fake + r1_of_real
 
 
 def lecam(

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fad_loss._points import Points
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from fad_loss._state import WideBuffers
 
 __all__ = ["Standardize"]
 
@@ -22,7 +17,7 @@ _FLOOR = 0.01
 _RESOLUTION = 1e-10
 
 
-class Standardize(nn.Module):
+class Standardize(WideBuffers):
     r"""Standardise features, channel by channel, by running statistics.
 
     .. math::
@@ -102,16 +97,6 @@ class Standardize(nn.Module):
         """The inverse of `forward`."""
         unit = _unit(self.mean, self.variance)
         return torch.addcmul(self.mean.to(units.dtype), units, unit.to(units.dtype))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Convert or move, but keep float32 at least: in half precision statistics stand still."""
-        given = dict(self.named_buffers())
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in given.items():
-            now = getattr(self, name)
-            if now.dtype in {torch.float16, torch.bfloat16}:
-                setattr(self, name, before.to(now.device, torch.float32))
-        return self
 
 
 def _moments(points: Points) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from fad_loss import FeatureAdversarialLoss, TeacherDiscriminator
+from fad_loss import FeatureAdversarialLoss
 
 from .cases import STUDENT, TEACHER, blind, features, make
 
@@ -33,7 +33,10 @@ def test_are_detached_scalars_that_stay(name):
     statistics = fad.statistics()
     assert set(statistics) == NAMES
     assert all(v.shape == () and not v.requires_grad for v in statistics.values())
-    total = 3 * statistics["student_loss"] + statistics["discriminator_loss"]
+    # The weight is that of the gradient; a discriminator that does not learn has no loss.
+    total = statistics["student_loss"]
+    if fad.discriminator.learns:
+        total = total + statistics["discriminator_loss"]
     torch.testing.assert_close(total, loss.detach())
     assert statistics["weight"] == 3
     assert statistics["non_finite"] == 0
@@ -44,13 +47,15 @@ def test_are_detached_scalars_that_stay(name):
 
 
 def test_separability_says_whether_features_can_be_told_apart():
-    fad = FeatureAdversarialLoss(TEACHER, TEACHER, adapter="identity")
+    fad = FeatureAdversarialLoss(
+        TEACHER, TEACHER, adapter="identity", normalize=False, max_points=None
+    )
     teacher = torch.randn(4, 200, TEACHER)
     fad(teacher + 5, teacher)
     assert fad.statistics()["separability"] > 0.95
     assert fad.statistics()["real_score"] > fad.statistics()["fake_score"] + 1
-    fad(torch.randn(4, 200, TEACHER), teacher)
-    assert 0.3 < fad.statistics()["separability"] < 0.7
+    fad(teacher[:, torch.randperm(200)], teacher)
+    assert fad.statistics()["separability"] == 0.5
 
 
 def test_parameters_that_no_optimizer_got_are_counted():
@@ -130,7 +135,7 @@ def test_non_finite_features_are_counted_where_nobody_looks(monkeypatch):
     assert not fad(student, overflowed).isfinite()
     assert fad.statistics()["non_finite"] == 1
     for name in ("average_scores", "teacher_units.mean", "teacher_units.variance"):
-        assert getattr(fad, name).isfinite().all()
+        assert fad.get_buffer(name).isfinite().all()
     torch.testing.assert_close(fad.average_scores, state["average_scores"])
     assert fad.teacher_units.batches == 2
     assert fad(student, teacher).isfinite()
@@ -164,18 +169,3 @@ def test_stay_in_float32_where_half_precision_would_overflow(dtype):
         fad.teacher_units.variance, teacher.flatten(0, 1).var(0, correction=0), rtol=0.02, atol=0
     )
     assert fad.statistics()["weight"] == 1e5
-
-
-def test_a_discriminator_with_open_keywords_gets_the_student_that_it_names():
-    class Wrapped(TeacherDiscriminator):
-        def forward(self, features, student=None, **keywords):
-            return super().forward(features, student=student, **keywords)
-
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 8, 3), torch.randn(2, 8, 3)
-    plain, wrapped = (
-        FeatureAdversarialLoss(3, 3, discriminator=d, adapter="identity")
-        for d in (TeacherDiscriminator(), Wrapped())
-    )
-    assert torch.equal(plain(student, teacher), wrapped(student, teacher))
-    assert plain.statistics() == wrapped.statistics()

@@ -137,9 +137,9 @@ class HeadDiscriminator(Discriminator):
                 _replace(self.head, path, _Level(self.head.get_submodule(path)))
         if self.levels:
             self.register_buffer("level_batches", torch.zeros((), dtype=torch.int64))
-        for number in range(len(self.levels)):
+        for level in range(len(self.levels)):
             # Its width is seen at the first batch.
-            self.register_buffer(f"level_variance_{number}", torch.zeros(0))
+            self.register_buffer(f"level_variance_{level}", torch.zeros(0))
 
     level_batches: Tensor
 
