@@ -22,6 +22,12 @@ class Game:
         student: the student's points; scores carry a gradient to their features.
         teacher: the teacher's points of the same clouds.
         labels: the class of each cloud, ``(B,)``, or of each point, or None.
+
+    Example:
+        >>> import torch
+        >>> game = Game.of(torch.zeros(2, 5, 3), torch.zeros(2, 7, 3))
+        >>> game.points("teacher").features.shape
+        torch.Size([2, 7, 3])
     """
 
     student: Points

@@ -82,6 +82,11 @@ class Points:
             is 0 in `features`.
         positions: where the points lie, ``(B, N, D)`` or ``(P, D)``, or None.
         bounds: the least and the largest number of points of a packed cloud, where known.
+
+    Example:
+        >>> points = Points.of(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]) > 0)
+        >>> points.lengths(), points.mean(points.features)
+        (tensor([2]), tensor([[2.]]))
     """
 
     features: Tensor
