@@ -13,7 +13,7 @@ from torch.func import functional_call
 from fad_loss._errors import expected
 from fad_loss._game import Game, Side
 
-__all__ = ["Discriminator", "Scores", "as_discriminator", "held_still"]
+__all__ = ["Discriminator", "Scores", "as_discriminator"]
 
 
 class Scores(NamedTuple):
