@@ -82,6 +82,8 @@ class Points:
             is 0 in `features`.
         positions: where the points lie, ``(B, N, D)`` or ``(P, D)``, or None.
         bounds: the least and the largest number of points of a packed cloud, where known.
+        is_global: whether these were global features ``(B, C)``, one of each cloud: the batch is
+            the set.
     """
 
     features: Tensor
@@ -89,6 +91,7 @@ class Points:
     mask: Tensor | None = None
     positions: Tensor | None = None
     bounds: tuple[int | None, int | None] = (None, None)
+    is_global: bool = False
 
     @staticmethod
     def of(
@@ -116,7 +119,7 @@ class Points:
             return ragged if mask is None else ragged.only(mask)
         if mask is not None:
             points = torch.where(mask.unsqueeze(-1), points, 0)
-        return Points(points, None, mask, positions)
+        return Points(points, None, mask, positions, is_global=features.dim() == 2)
 
     # ------------------------------------------------------------------------- what they are
 
