@@ -82,6 +82,8 @@ class Points:
             is 0 in `features`.
         positions: where the points lie, ``(B, N, D)`` or ``(P, D)``, or None.
         bounds: the least and the largest number of points of a packed cloud, where known.
+        is_global: whether these were global features ``(B, C)``, one of each cloud: the batch is
+            the set.
 
     Example:
         >>> points = Points.of(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]) > 0)
@@ -94,6 +96,7 @@ class Points:
     mask: Tensor | None = None
     positions: Tensor | None = None
     bounds: tuple[int | None, int | None] = (None, None)
+    is_global: bool = False
 
     @staticmethod
     def of(
@@ -121,7 +124,7 @@ class Points:
             return ragged if mask is None else ragged.only(mask)
         if mask is not None:
             points = torch.where(mask.unsqueeze(-1), points, 0)
-        return Points(points, None, mask, positions)
+        return Points(points, None, mask, positions, is_global=features.dim() == 2)
 
     # ------------------------------------------------------------------------- what they are
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fad_loss._checks import look
 from fad_loss._errors import expected
 from fad_loss._game import Game, Side
 
@@ -153,3 +154,16 @@ def held_still(discriminator: Discriminator, game: Game, side: Side | None = Non
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision made single."""
     return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
+
+
+def same_points(game: Game) -> bool:
+    """Whether every cloud of the student has as many points as the teacher's, in the same rows."""
+    student, teacher = game.student, game.teacher
+    if student.features.shape[:-1] != teacher.features.shape[:-1]:
+        return False
+    for mine, its in ((student.offsets, teacher.offsets), (student.mask, teacher.mask)):
+        if (mine is None) != (its is None):
+            return False
+        if mine is not None and its is not None and look(mine) and not torch.equal(mine, its):
+            return False
+    return True

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss import ops
-from fad_loss._checks import look
 from fad_loss._errors import choose, describe
 from fad_loss._game import Game, Side
 from fad_loss._points import Points
 from fad_loss._ragged import packed
-from fad_loss.discriminators.base import Discriminator, Scores
+from fad_loss.discriminators.base import Discriminator, Scores, same_points
 from fad_loss.discriminators.learned.layers import check_width, linear
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
@@ -163,7 +162,7 @@ class TeacherDiscriminator(Discriminator):
 
     def _compared(self, game: Game) -> tuple[Game, Game]:
         """The points to score, and the sets that they are scored by, which stand still."""
-        if self.condition and not _correspond(game.student, game.teacher):
+        if self.condition and not same_points(game):
             message = (
                 'condition: "point" compares point i of the student with point i of the teacher, '
                 f"got {describe(game.student.tensor())} and {describe(game.teacher.tensor())}; "
@@ -259,24 +258,6 @@ def _embedding(embedding: nn.Module | int | None, channels: int | None) -> nn.Mo
         raise ValueError(message)
     check_width("channels", channels)
     return linear(channels, width, spectral_norm=True)
-
-
-def _correspond(student: Points, teacher: Points) -> bool:
-    """Whether there are as many points in every cloud of the one as of the other."""
-    if student.offsets is None or teacher.offsets is None:
-        if (
-            student.offsets is not teacher.offsets
-            or student.features.shape != teacher.features.shape
-        ):
-            return False
-        pair = student.mask, teacher.mask
-    else:
-        if student.features.shape != teacher.features.shape:
-            return False
-        pair = student.offsets, teacher.offsets
-    if pair[0] is None or pair[1] is None:
-        return pair[0] is pair[1]
-    return not look(pair[0]) or torch.equal(pair[0], pair[1])
 
 
 def _units(teacher: Points, values: Tensor) -> Callable[[Points, Tensor], Tensor]:
