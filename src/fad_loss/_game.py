@@ -84,6 +84,10 @@ class Game:
             return replace(self, student=self.student.with_features(features))
         return replace(self, teacher=self.teacher.with_features(features))
 
+    def filled(self) -> Game:
+        """The same game, with features of 0 where points do not count."""
+        return replace(self, student=self.student.filled(), teacher=self.teacher.filled())
+
     def masks(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Which points count on either side, as the keyword of an objective; {} if all do."""
         masks = self.student.mask, self.teacher.mask

@@ -387,7 +387,7 @@ class FeatureAdversarialLoss(WideBuffers):
             self._advice.on_parameters(self, self._made_with, student)
         if self.training and self.max_points is not None and student.dim() > 2:
             game = entrance.draw(game, self.max_points, self.discriminator)
-        game = entrance.correspond(game, self.discriminator)
+        game = entrance.correspond(game.filled(), self.discriminator)
         game, small = entrance.without_small_clouds(game, self.discriminator)
         entrance.check_points(game)
         self._log(weight=weight, small_clouds=small)
