@@ -114,7 +114,7 @@ def clouds(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def taught(scale: float) -> Network:
     """The teacher, trained as a well-kept network is, once per process."""
     torch.manual_seed(1)
-    teacher = Network(32)
+    teacher = Network(64)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=600)
     generator = torch.Generator().manual_seed(2)
@@ -146,7 +146,7 @@ def run(loop: Loop, options: dict[str, Any] | None = None) -> dict[str, Any]:
         _TEACHERS[loop.teacher_scale] = taught(loop.teacher_scale)
     teacher = _TEACHERS[loop.teacher_scale]
     torch.manual_seed(3)
-    student = Network(8, loop.student_scale)
+    student = Network(16, loop.student_scale)
     fad = None
     if loop.discriminator is not None:
         judge: Any = loop.discriminator

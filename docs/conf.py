@@ -5,9 +5,12 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 import fad_loss
 
 HERE = Path(__file__).parent
+STUDY = HERE.parent / "examples/study/results"
 
 project = "fad_loss"
 author = "The fad_loss developers"
@@ -83,3 +86,15 @@ def _inventory(name: str, objects: dict[str, tuple[str, str]]) -> str:
 intersphinx_mapping = {
     name: (address, _inventory(name, objects)) for name, (address, objects) in LINKED.items()
 }
+
+
+def _append_report(_app: Sphinx, page: str, source: list[str]) -> None:
+    """The report of the study, as it was written, below what stands on its page."""
+    if page == "study-results":
+        report = (STUDY / "report.md").read_text(encoding="utf-8").split("<!-- report -->")[1]
+        source[0] += report.replace("](", f"](../{STUDY.relative_to(HERE.parent)}/")
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what is above."""
+    app.connect("source-read", _append_report)

@@ -131,10 +131,11 @@ def enter(
     mask: Any,
     positions: Any,
 ) -> Game:
-    """Both sides' points as they came, if they belong together."""
+    """Both sides' points as they came, if they belong together; not yet filled."""
     masks, places = both_sides("mask", mask), both_sides("positions", positions)
-    fake = Points.of(student, masks[0], places[0], layout=loss.layout, name="student")
-    real = Points.of(teacher, masks[1], places[1], layout=loss.layout, name="teacher").detach()
+    layout = loss.layout
+    fake = Points.unfilled(student, masks[0], places[0], layout=layout, name="student")
+    real = Points.unfilled(teacher, masks[1], places[1], layout=layout, name="teacher").detach()
     for name, points, given, channels in (
         ("student", fake, student, loss.student_channels),
         ("teacher", real, teacher, loss.teacher_channels),

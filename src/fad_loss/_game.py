@@ -22,6 +22,12 @@ class Game:
         student: the student's points; scores carry a gradient to their features.
         teacher: the teacher's points of the same clouds.
         labels: the class of each cloud, ``(B,)``, or of each point, or None.
+
+    Example:
+        >>> import torch
+        >>> game = Game.of(torch.zeros(2, 5, 3), torch.zeros(2, 7, 3))
+        >>> game.points("teacher").features.shape
+        torch.Size([2, 7, 3])
     """
 
     student: Points
@@ -77,6 +83,10 @@ class Game:
         if side == "student":
             return replace(self, student=self.student.with_features(features))
         return replace(self, teacher=self.teacher.with_features(features))
+
+    def filled(self) -> Game:
+        """The same game, with features of 0 where points do not count."""
+        return replace(self, student=self.student.filled(), teacher=self.teacher.filled())
 
     def masks(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Which points count on either side, as the keyword of an objective; {} if all do."""

@@ -102,6 +102,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, **options) -> FeatureAdv
     discriminator = DISCRIMINATORS[name]() if name in DISCRIMINATORS else name
     options.setdefault("normalize", "head" not in name)
     options.setdefault("weight", 1.0)
+    options.setdefault("warmup_steps", 0)
     fad = FeatureAdversarialLoss(STUDENT, TEACHER, discriminator=discriminator, **options)
     return fad if dtype == torch.float32 else fad.to(dtype)
 

@@ -14,11 +14,16 @@ from fad_loss._checks import look
 from fad_loss._errors import expected
 from fad_loss._game import Game, Side
 
-__all__ = ["Discriminator", "Scores", "as_discriminator", "held_still"]
+__all__ = ["Discriminator", "Scores", "as_discriminator"]
 
 
 class Scores(NamedTuple):
-    """Of both sides: one per point, ``(B, N)`` or ragged, or one per cloud, ``(B,)``."""
+    """Of both sides: one per point, ``(B, N)`` or ragged, or one per cloud, ``(B,)``.
+
+    Example:
+        >>> scores = Scores(student=torch.tensor([-1.0]), teacher=torch.tensor([2.0]))
+        >>> of_student, of_teacher = scores
+    """
 
     student: Tensor
     teacher: Tensor
@@ -123,6 +128,14 @@ def as_discriminator(module: nn.Module) -> Discriminator:
 
     Such a module is called as ``module(features, reference=..., labels=..., mask=...,
     positions=...)``, with those of the keywords that its forward has, and returns scores.
+
+    Example:
+        >>> class Plain(nn.Module):
+        ...     def forward(self, features, reference):
+        ...         return -(features - reference.mean(1, keepdim=True)).square().sum(-1)
+        >>> discriminator = as_discriminator(Plain())
+        >>> discriminator(Game.of(torch.ones(1, 2, 3), torch.zeros(1, 4, 3)), "student")
+        tensor([[-3., -3.]])
     """
     return module if isinstance(module, Discriminator) else _Wrapped(module)
 

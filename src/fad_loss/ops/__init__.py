@@ -233,6 +233,9 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     r"""For each point of x, the k nearest points of y, the nearest first.
 
+    .. math:: d_{i1} \le \dots \le d_{ik}, \qquad
+        \{j_{i1}, \dots, j_{ik}\} = \operatorname{argmin}_{|J| = k} \sum_{j \in J} |x_i - y_j|^2
+
     Exact in the same way as `nearest`. Equal distances come in the order of their index.
 
     Args:

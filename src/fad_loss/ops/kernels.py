@@ -18,7 +18,15 @@ from torch import Tensor
 
 
 class Kernel(ABC):
-    """A function of the squared distance between two points."""
+    """A function of the squared distance between two points.
+
+    The operations know the kernels of this module; each can also be called by itself.
+
+    Example:
+        >>> kernel = Gaussian(1.0)
+        >>> isinstance(kernel, Kernel), kernel.parameters, kernel.first(torch.zeros(1))
+        (True, (1.0,), tensor([-0.5000]))
+    """
 
     name: str
     rough = False
