@@ -194,7 +194,7 @@ def test_global_features_through_the_loss():
     torch.manual_seed(0)
     head = nn.Sequential(nn.Linear(C, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     student, teacher = torch.randn(6, C, requires_grad=True), torch.randn(6, C)
-    options = {"adapter": "identity", "normalize": False, "weight": 1.0}
+    options = {"adapter": "identity", "normalize": False, "weight": 1.0, "warmup_steps": 0}
     fad = FeatureAdversarialLoss(C, C, discriminator=HeadDiscriminator(head), **options)
     opinion, wanted = head(student).log_softmax(-1), head(teacher).log_softmax(-1)
     divergence = F.kl_div(opinion, wanted, reduction="batchmean", log_target=True)

@@ -69,7 +69,8 @@ def order(name: str) -> torch.Tensor:
 
 def into_loss(discriminator, **options) -> FeatureAdversarialLoss:
     """The loss whose adapter is the identity, but may learn."""
-    fad = FeatureAdversarialLoss(C, C, discriminator=discriminator, max_points=None, **options)
+    options |= {"max_points": None, "warmup_steps": 0}
+    fad = FeatureAdversarialLoss(C, C, discriminator=discriminator, **options)
     with torch.no_grad():
         fad.adapter.weight.copy_(torch.eye(C))
         fad.adapter.bias.zero_()

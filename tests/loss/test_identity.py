@@ -181,9 +181,13 @@ def losses(name: str, **options) -> FeatureAdversarialLoss:
 
 
 @pytest.mark.parametrize("name", UNEVEN)
-def test_masked_padded_and_ragged_clouds_agree(name):
+@pytest.mark.parametrize("smallest", [None, 1, 0])
+def test_masked_padded_and_ragged_clouds_agree(name, smallest):
     """In training: the statistics, the student's term and the discriminator's."""
     student, teacher, here, there = uneven(name)
+    if smallest is not None:
+        for mask in (here,) if corresponding(name) else (here, there):
+            mask[1] = torch.arange(N) < smallest
     labels, results = LABELS, []
     for form in ("masked", "padded", "ragged"):
         fad, leaf = losses(name), student.clone().requires_grad_()
@@ -213,6 +217,8 @@ def test_masked_padded_and_ragged_clouds_agree(name):
         torch.testing.assert_close(other, results[0])
     assert not results[0][1][~here].any()
     assert results[0][1][here].any()
+    small = smallest is not None and smallest < fad.discriminator.least_points
+    assert results[0][3]["small_clouds"] == small
 
 
 @pytest.mark.parametrize("name", [name for name in UNEVEN if name not in TOGETHER])
