@@ -229,8 +229,8 @@ def test_it_pulls_every_cloud_to_its_own(distance):
     student = teacher.roll(1, 0).clone().requires_grad_()
     discriminator = MatchDiscriminator(C, distance=distance, temperature=0.5)
     fad = FeatureAdversarialLoss(C, C, discriminator=discriminator, adapter="identity")
-    optimizer = torch.optim.Adam([student], lr=0.05)
-    for _ in range(150):
+    optimizer = torch.optim.Adam([student], lr=0.1)
+    for _ in range(80):
         optimizer.zero_grad()
         fad(student, teacher).backward()
         optimizer.step()
