@@ -337,6 +337,34 @@ def test_levels_through_the_loss():
     assert int(fad.discriminator.level_units[0].batches) == 3
 
 
+def test_an_average_of_the_loss_that_began_before_training():
+    """As loops that are written by hand keep one: every buffer has its size from the start."""
+
+    def average(mine, theirs):
+        for average, latest in zip(
+            mine.state_dict().values(), theirs.state_dict().values(), strict=True
+        ):
+            average.copy_(latest)
+
+    for pool, layout in (("max", "bnc"), (None, "bnc"), (None, "bcn")):
+        layers = [nn.Linear(C, 8), nn.Linear(8, CLASSES)]
+        if layout == "bcn":
+            layers = [nn.Conv1d(C, 8, 1), nn.Conv1d(8, CLASSES, 1)]
+        head = nn.Sequential(*layers).double()
+        discriminator = HeadDiscriminator(head, pool=pool, layout=layout, levels=["", "0"])
+        fad = FeatureAdversarialLoss(3, C, discriminator=discriminator).double()
+        twin = copy.deepcopy(fad)
+        assert [len(units.mean) for units in discriminator.level_units] == [C, 8]
+        # What was made room for is no statistic yet.
+        bare = HeadDiscriminator(head, pool=pool, layout=layout, levels=["", "0"])
+        z, reference = clouds(4, 6, C), clouds(4, 6, C, seed=1)
+        assert torch.equal(ask(discriminator, z, reference), ask(bare, z, reference))
+        student, teacher = clouds(4, 6, 3).requires_grad_(), reference
+        fad(student, teacher)
+        average(twin, fad)
+        assert torch.equal(twin.eval()(student, teacher), fad.eval()(student, teacher))
+
+
 def test_levels_do_not_follow_what_does_not_count():
     discriminator = HeadDiscriminator(classifier().double(), pool=None, levels=["2"]).double()
     z, mask = clouds(2, 6, C), torch.arange(12).reshape(2, 6) % 4 != 1
