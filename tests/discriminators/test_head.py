@@ -270,18 +270,18 @@ def test_layers_that_work_in_place_spoil_nothing():
 
     class Writes(nn.Module):
         def forward(self, x):
-            return x.mul_(2)
+            return x.tanh_()
 
-    class Doubles(nn.Module):
+    class Squashes(nn.Module):
         def forward(self, x):
-            return 2 * x
+            return x.tanh()
 
-    def head(relu, doubles):
+    def head(relu, squash):
         copies = [copy.deepcopy(layer) for layer in layers]
-        return nn.Sequential(relu(), copies[1], relu(), doubles(), copies[3])
+        return nn.Sequential(relu(), copies[1], relu(), squash(), copies[3])
 
     options = {"pool": None, "levels": ("", "1", "2")}
-    expected = HeadDiscriminator(head(nn.ReLU, Doubles), **options)
+    expected = HeadDiscriminator(head(nn.ReLU, Squashes), **options)
     hasty = HeadDiscriminator(head(lambda: nn.ReLU(inplace=True), Writes), **options)
     z, reference = clouds(1, 8, C).float(), clouds(1, 8, C, seed=1).float()
     before = z.clone(), reference.clone()
