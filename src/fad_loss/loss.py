@@ -298,7 +298,7 @@ class FeatureAdversarialLoss(WideBuffers):
         else:
             scores = self._ask(game, "student")
         real = None if known is None else known.teacher.detach()
-        loss = self.objective.student(scores, real, **game.masks())
+        loss = self.objective.student(scores, real, **game.masks(scores))
         if self._updating:
             if not torch.compiler.is_compiling():
                 self._advice.on_scores(flat(scores))
@@ -316,7 +316,7 @@ class FeatureAdversarialLoss(WideBuffers):
             scores = self._ask(game) if known is None else known
             scores = Scores(scores.student.detach(), scores.teacher.detach())
         fake, real = scores
-        masks = game.masks()
+        masks = game.masks(fake)
         loss = self.objective.discriminator(real, fake, **masks)
         means, separable = separability(real, fake, **masks)
         self._log(
