@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import fad_loss
 HERE = Path(__file__).parent
 STUDY = HERE.parent / "examples/study/results"
 
+sys.path.insert(0, str(HERE / "_extensions"))
+
 project = "fad_loss"
 author = "The fad_loss developers"
 project_copyright = f"2026, {author}"
 version = release = fad_loss.__version__
 
 extensions = [
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -31,6 +34,7 @@ myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"
 myst_heading_anchors = 3
 default_role = "literal"
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"fad_loss {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
