@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
-def _mathml(translator: HTML5Translator, node: nodes.Element, display: str) -> str:
+def _mathml(node: nodes.Element, display: str) -> str:
     source = node.astext()
     made: str = convert(source, display=display)
     if "\\" in made:
@@ -29,12 +29,12 @@ def _mathml(translator: HTML5Translator, node: nodes.Element, display: str) -> s
 
 
 def _inline(translator: HTML5Translator, node: nodes.math) -> None:
-    translator.body.append(f'<span class="math">{_mathml(translator, node, "inline")}</span>')
+    translator.body.append(f'<span class="math">{_mathml(node, "inline")}</span>')
     raise nodes.SkipNode
 
 
 def _block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{_mathml(translator, node, "block")}</div>\n')
+    translator.body.append(f'<div class="math">{_mathml(node, "block")}</div>\n')
     raise nodes.SkipNode
 
 
