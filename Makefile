@@ -50,6 +50,7 @@ types: $(VENV)/.with-dev
 wheel: $(VENV)/.with-dev
 	rm -rf build/wheel dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python $(PIP_INSTALL) dist/*.whl
 	cd / && $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/.ci/check_wheel.py
@@ -63,7 +64,7 @@ benchmarks: $(VENV)/.with-benchmarks
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf build dist docs/_build .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/_gallery .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
 
 distclean: clean
 	rm -rf $(VENV)
