@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,18 @@ def matrix(arguments: argparse.Namespace) -> list[Loop]:
     ]
 
 
+def finished(journal: Path, run_of: dict[str, Any]) -> dict[Loop, dict[str, Any]]:
+    """The loops that an earlier call, of the same commit and options, has left behind."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    if not lines or json.loads(lines[0]) != run_of:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text(json.dumps(run_of) + "\n")
+        return {}
+    rows = [json.loads(line) for line in lines[1:]]
+    names = [field.name for field in fields(Loop)]
+    return {Loop(**{name: row[name] for name in names}): row for row in rows}
+
+
 def judged(rows: Sequence[dict[str, Any]]) -> None:
     """Add to each row by how much it is ahead of the student alone, and whether that will do."""
     keys = ("optimizer", "clipping", "teacher_scale", "student_scale", "precision")
@@ -278,12 +291,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.balance:
         options["balance"] = True
     loops = matrix(given)
-    console = Console()
-    with ProcessPoolExecutor(given.jobs) as pool:
-        running = pool.map(run, loops, itertools.repeat(options), chunksize=10)
-        rows = list(track(running, "loops", total=len(loops), console=console))
+    where, console = context(torch.device("cpu")), Console()
+    journal = given.output.with_suffix(".jsonl")
+    rows = finished(journal, {"commit": where["commit"], "options": options})
+    open_loops = [loop for loop in loops if loop not in rows]
+    with ProcessPoolExecutor(given.jobs) as pool, journal.open("a") as file:
+        running = pool.map(run, open_loops, itertools.repeat(options))
+        shown = track(running, "loops", total=len(open_loops), console=console)
+        for loop, row in zip(open_loops, shown, strict=True):
+            rows[loop] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    journal.unlink()
+    rows = [rows[loop] for loop in loops]
     judged(rows)
-    save(given.output, {"context": context(torch.device("cpu")), "options": options, "rows": rows})
+    save(given.output, {"context": where, "options": options, "rows": rows})
     console.print(table(rows))
     bad = [row for row in rows if not row["good"]]
     console.print(f"{len(loops)} loops, {len(bad)} not good; {given.output}")

@@ -61,7 +61,11 @@ EVERY = {
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Discriminator:
     torch.manual_seed(0)
-    return EVERY[name]().to(dtype)
+    discriminator = EVERY[name]().to(dtype)
+    # Levels are compared in units of what was seen before.
+    seen = clouds(3, 8, C, seed=2, dtype=dtype)
+    discriminator.observe(Game.of(seen, seen))
+    return discriminator
 
 
 def clouds(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -117,7 +117,7 @@ class _Wrapped(Discriminator):
             "reference": game.teacher.tensor(),
             "labels": game.labels,
             "mask": points.mask,
-            "positions": points.positions,
+            "positions": None if points.positions is None else points.like(points.positions),
         }
         scores: Tensor = self.module(points.tensor(), **{n: keywords[n] for n in self.takes})
         return scores

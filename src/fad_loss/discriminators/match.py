@@ -48,8 +48,9 @@ class MatchDiscriminator(Discriminator):
             the state dict.
 
     Shape:
-        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged or masked ones for "pooled"
-        - scores: ``(B,)``, at most 0
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or global ``(B, C)``; or ragged or masked ones
+          for "pooled"
+        - scores: ``(B,)``, at most 0; ``(1, B)`` of global features
 
     Raises:
         ValueError: an unknown distance, a temperature that is not positive, a queue with another
@@ -121,40 +122,51 @@ class MatchDiscriminator(Discriminator):
     def score(self, game: Game, side: Side) -> Tensor:
         """Score every cloud: the log-probability of being recognised as its own."""
         self._check(game)
-        points, known = game.points(side), game.teacher.detach()
+        points, known = _as_clouds(game.points(side)), _as_clouds(game.teacher.detach())
         if self.distance == "pooled":
             distance = self._pooled(points, known)
         else:
             compare = self._energy if self.distance == "energy" else self._chamfer
             distance = compare(points.features, known.features)
         temperature = self.log_temperature.clamp(_COLDEST, _WARMEST).exp()
-        logits = -distance / temperature
-        if self.queue:
-            # The part of the queue that is still empty.
-            place = torch.arange(distance.shape[-1], device=distance.device)
-            logits = logits.masked_fill(place >= known.batch + self.filled, -torch.inf)
-        return logits.log_softmax(-1).diagonal()
+        logits = (-distance / temperature).masked_fill(~self._candidates(known), -torch.inf)
+        scores = logits.log_softmax(-1).diagonal()
+        return scores.unsqueeze(0) if game.student.is_global else scores
+
+    def _candidates(self, known: Points) -> Tensor:
+        """Whom a cloud may be taken for, (B, B + queue): itself, and what is no empty cloud."""
+        itself = torch.eye(known.batch, dtype=torch.bool, device=known.features.device)
+        place = torch.arange(self.queue, device=known.features.device)
+        # The rest of the queue is still empty.
+        past = (place < self.filled).expand(known.batch, -1)
+        return torch.cat([itself | (known.lengths() > 0), past], -1)
 
     @torch.no_grad()
     def observe(self, game: Game) -> None:
         """Put the teacher's clouds into the queue, once both sides were scored without them."""
         if self.queue:
-            known = pooled(game.teacher).to(self.past.dtype)
-            self.past.copy_(torch.cat([known, self.past])[: self.queue])
-            self.filled.copy_((self.filled + len(known)).clamp_max(self.queue))
+            teacher = _as_clouds(game.teacher)
+            counts = teacher.lengths() > 0
+            latest = pooled(teacher).to(self.past.dtype)[
+                counts.argsort(descending=True, stable=True)
+            ]
+            # Those of the batch that are no empty clouds, and then the past ones.
+            place = torch.arange(self.queue, device=latest.device)
+            row = torch.where(place < counts.sum(), place, place - counts.sum() + len(latest))
+            self.past.copy_(torch.cat([latest, self.past])[row])
+            self.filled.copy_((self.filled + counts.sum()).clamp_max(self.queue))
 
     def _check(self, game: Game) -> None:
         check_channels(game, self.channels)
-        if game.teacher.batch < 2 and not self.queue:
+        if _as_clouds(game.teacher).batch < 2 and not self.queue:
             message = (
-                "features: MatchDiscriminator recognises a cloud among others, and needs at least "
-                f"2 clouds in a batch or queue= at least 1, got {describe(game.student.tensor())}; "
-                "pass global features as (B, 1, C)"
+                "student: MatchDiscriminator recognises a cloud among others, and needs at least "
+                f"2 clouds in a batch or queue= at least 1, got {describe(game.student.tensor())}"
             )
             raise ValueError(message)
         if self.distance != "pooled" and (game.student.uneven or game.teacher.uneven):
             message = (
-                f"features: distance={self.distance!r} expects clouds of equal size, (B, N, C), "
+                f"student: distance={self.distance!r} expects clouds of equal size, (B, N, C), "
                 f"got {describe(game.student.tensor())}; ragged and masked ones can use "
                 'distance="pooled"'
             )
@@ -164,10 +176,13 @@ class MatchDiscriminator(Discriminator):
         """Squared distances of pooled features to those of the teacher, (B, B + queue)."""
         own, known = pooled(features), pooled(reference)
         own, known = own.to(self.past.dtype), known.to(self.past.dtype)
-        center = known.mean(0)
+        # An empty cloud, whose pooled feature is 0, has no place among the others.
+        counts = (reference.lengths() > 0).to(known.dtype).unsqueeze(1)
+        number = counts.sum().clamp_min(1)
+        center = (counts * known).sum(0) / number
         own, here = own - center, known - center
         # Twice the variance: the mean squared distance between two of the teacher's clouds.
-        unit = 2 * here.square().sum(-1).mean()
+        unit = 2 * (counts * here.square()).sum() / number
         others = torch.cat([here, self.past - center]) if self.queue else here
         distance = own.square().sum(-1, keepdim=True) + others.square().sum(-1)
         distance = (distance - 2 * own @ others.mT).clamp_min(0)
@@ -193,6 +208,14 @@ class MatchDiscriminator(Discriminator):
             return there.mean(-1) + back.mean(-1)
 
         return _all_pairs(chamfer, features, reference) / _unit(spread)
+
+
+def _as_clouds(points: Points) -> Points:
+    """Global features as what they are: clouds of one point."""
+    if not points.is_global:
+        return points
+    mask = None if points.mask is None else points.mask.mT
+    return Points(points.features.transpose(0, 1), None, mask)
 
 
 def _all_pairs(compare: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
