@@ -6,6 +6,7 @@
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
 #   make docs         the documentation, into docs/_build/html
+#   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
 #   make benchmarks   the operations against their peers, and a training step, on this machine's CPU
 #   make clean        remove what was built (make distclean: .venv too)
 #
@@ -25,7 +26,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel docs benchmarks clean distclean
+.PHONY: help demo test lint format types wheel docs site benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +60,9 @@ wheel: $(VENV)/.with-dev
 docs: $(VENV)/.with-docs
 	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
 
+site: docs $(VENV)/.with-site
+	$(BIN)/python -m pytest -m browser -p no:xdist tests/test_site.py
+
 benchmarks: $(VENV)/.with-benchmarks
 	$(BIN)/python benchmarks/pairwise.py --device cpu
 	$(BIN)/python benchmarks/step.py
@@ -73,6 +77,7 @@ distclean: clean
 EXTRAS_examples := examples
 EXTRAS_dev := dev,examples
 EXTRAS_docs := docs
+EXTRAS_site := dev,docs,site
 EXTRAS_benchmarks := benchmarks,examples
 
 $(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
