@@ -6,12 +6,9 @@ import sys
 import zlib
 from pathlib import Path
 
-from sphinx.application import Sphinx
-
 import fad_loss
 
 HERE = Path(__file__).parent
-STUDY = HERE.parent / "examples/study/results"
 
 sys.path.insert(0, str(HERE / "_extensions"))
 
@@ -22,6 +19,7 @@ version = release = fad_loss.__version__
 
 extensions = [
     "mathml",
+    "measured",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
@@ -104,15 +102,3 @@ def _inventory(name: str, objects: dict[str, tuple[str, str]]) -> str:
 intersphinx_mapping = {
     name: (address, _inventory(name, objects)) for name, (address, objects) in LINKED.items()
 }
-
-
-def _append_report(_app: Sphinx, page: str, source: list[str]) -> None:
-    """The report of the study, as it was written, below what stands on its page."""
-    if page == "study-results":
-        report = (STUDY / "report.md").read_text(encoding="utf-8").split("<!-- report -->")[1]
-        source[0] += report.replace("](", f"](../{STUDY.relative_to(HERE.parent)}/")
-
-
-def setup(app: Sphinx) -> None:
-    """Connect what is above."""
-    app.connect("source-read", _append_report)
