@@ -22,7 +22,10 @@ _LOGGER = logging.getLogger(__name__)
 
 def _mathml(node: nodes.Element, display: str) -> str:
     source = node.astext()
-    made: str = convert(source, display=display)
+    # A bar over several letters is a macron, which grows; latex2mathml takes a dash.
+    made: str = convert(source, display=display).replace(
+        '<mo accent="true">&#x02015;</mo>', '<mo accent="true" stretchy="true">&#x000AF;</mo>'
+    )
     if "\\" in made:
         _LOGGER.warning("cannot convert all of %r", source, location=node)
     return made

@@ -27,15 +27,19 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _seconds(row: dict[str, Any]) -> str:
-    return f"{1000 * row['median_s']:.4g} ms"
+    seconds = row["median_s"]
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+STEPS = {"student alone": "the student alone", "without": "both networks, without a loss"}
 
 
 def _steps(rows: list[dict[str, Any]]) -> str:
     return _table(
-        ("step", "clouds × points", "median", "of the step without a loss"),
+        ("step", "clouds × points", "median", "of that of both networks"),
         (
             (
-                r["step"],
+                STEPS.get(r["step"], f"with the loss, `{r['step']}`"),
                 f"{r['batch']} × {r['points']}",
                 _seconds(r),
                 f"{r['ratio_to_without']:.2f}",
