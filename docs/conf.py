@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from pathlib import Path
-
-from sphinx.application import Sphinx
 
 import fad_loss
 
 HERE = Path(__file__).parent
-STUDY = HERE.parent / "examples/study/results"
+
+sys.path.insert(0, str(HERE / "_extensions"))
 
 project = "fad_loss"
 author = "The fad_loss developers"
@@ -18,19 +18,22 @@ project_copyright = f"2026, {author}"
 version = release = fad_loss.__version__
 
 extensions = [
+    "mathml",
+    "measured",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"fad_loss {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -44,6 +47,20 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [(name, "notes_style") for name in ("Shape", "Cost", "Source")]
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "_gallery",
+    "filename_pattern": r"\.py$",
+    "abort_on_example_error": True,
+    "backreferences_dir": None,
+    "capture_repr": (),
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "within_subsection_order": "FileNameSortKey",
+    "write_computation_times": False,
+}
 
 nitpicky = True
 nitpick_ignore: list[tuple[str, str]] = []
@@ -86,15 +103,3 @@ def _inventory(name: str, objects: dict[str, tuple[str, str]]) -> str:
 intersphinx_mapping = {
     name: (address, _inventory(name, objects)) for name, (address, objects) in LINKED.items()
 }
-
-
-def _append_report(_app: Sphinx, page: str, source: list[str]) -> None:
-    """The report of the study, as it was written, below what stands on its page."""
-    if page == "study-results":
-        report = (STUDY / "report.md").read_text(encoding="utf-8").split("<!-- report -->")[1]
-        source[0] += report.replace("](", f"](../{STUDY.relative_to(HERE.parent)}/")
-
-
-def setup(app: Sphinx) -> None:
-    """Connect what is above."""
-    app.connect("source-read", _append_report)

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,22 @@ def test_importing_leaves_the_random_state_and_the_threads_alone():
         "-c", f"import torch; print({state}); import fad_loss; print({state})"
     ).splitlines()
     assert before == after
+
+
+def test_actions_are_pinned_and_may_only_read():
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = workflow.read_text()
+        used = re.findall(r"uses: (.*)", text)
+        assert used
+        for action in used:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+        assert re.search(r"^permissions:\n  contents: read\n\n", text, re.MULTILINE), workflow
+
+
+def test_versions_of_the_tools_are_pinned():
+    required = metadata.requires("fad-loss") or []
+    wanted = {re.match(r"[\w-]+", requirement)[0] for requirement in required}
+    # torch brings its own, in the versions that it was built with.
+    wanted -= {"triton", "numpy", "expecttest"}
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert wanted - pinned == set()
