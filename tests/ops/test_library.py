@@ -74,16 +74,16 @@ def test_opcheck_softmin(form, biased, fused):
     epsilon = [0.5, 2.0]
     bias = torch.stack([w, 2 * w], -1).detach().requires_grad_() if biased else None
     torch.library.opcheck(_library.softmin, (x, y, bias, epsilon, *clouds))
-    out = _library.softmin(x, y, bias, epsilon, *clouds).detach()
+    out, least, total = (t.detach() for t in _library.softmin(x, y, bias, epsilon, *clouds))
     grad = torch.rand_like(out).requires_grad_()
-    rest = (x, y, bias, out, epsilon, *clouds)
     for of_y in (False, True) if form == "batched" else (True,):
-        torch.library.opcheck(_library.softmin_backward, (grad, *rest, of_y, biased))
+        rest = (x, y, bias, least, total, epsilon, *clouds, of_y, biased)
+        torch.library.opcheck(_library.softmin_backward, (grad, *rest))
     u, v, t = torch.rand_like(x), torch.rand_like(y), torch.rand_like(torch.stack([w, w], -1))
     for directions in ((u, v, t), (u, None, None)):
         torch.library.opcheck(
             _library.softmin_double_backward,
-            (*directions, grad, *rest),
+            (*directions, grad, x, y, bias, least, epsilon, *clouds),
             test_utils=("test_schema", "test_faketensor"),
         )
 

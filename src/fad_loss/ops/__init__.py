@@ -501,7 +501,7 @@ def softmin(
     chosen = select(backend, pair.x.device, pair.x.dtype)
     if chosen != "dense":
         offsets = pair.x_offsets, pair.y_offsets
-        result = _library.softmin(pair.x, pair.y, bias, values, exclude_self, *offsets, chosen)
+        result = _library.softmin(pair.x, pair.y, bias, values, exclude_self, *offsets, chosen)[0]
     else:
 
         def reference(x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor]:

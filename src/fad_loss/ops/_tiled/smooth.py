@@ -192,65 +192,65 @@ def softmin(
     exclude_self: bool,
     x_offsets: Offsets,
     y_offsets: Offsets,
-) -> Tensor:
-    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E), in two parts.
+
+    The result is least - eps log total, with least_i = min_j (d_ij - h_j) and total_i the sum of
+    exp((least_i - d_ij + h_j) / eps). All three are returned: the probabilities, which the backward
+    needs, sum to 1 if they are made from the parts, but not if they are made from the result, whose
+    rounding would be divided by eps.
+    """
     dtype = accumulation_dtype(x.dtype)
-    result = x.new_empty((*x.shape[:-1], len(epsilon)), dtype=dtype)
+    shape = (*x.shape[:-1], len(epsilon))
+    least = x.new_full(shape, torch.inf, dtype=dtype)
+    total = x.new_zeros(shape, dtype=dtype)
     for group in groups(x, y, x_offsets, y_offsets):
         clouds = Clouds.of(group.of_x(x), group.of_y(y))
         h = None if bias is None else _wide(group.of_y(bias)).mT.unsqueeze(-2)
-        out = group.of_x(result)
-        for rows in clouds.rows():
-            shape = (*out[:, rows].shape,)
-            largest = torch.full(shape, -torch.inf, dtype=dtype, device=x.device)
-            total = torch.zeros(shape, dtype=dtype, device=x.device)
-            for columns in clouds.columns():
-                d = clouds.distances(rows, columns)
-                if exclude_self:
-                    own_pairs(d, rows, columns).fill_(torch.inf)
-                for e, eps in enumerate(epsilon):
-                    z = d * (-1 / eps)
-                    if h is not None:
-                        z.add_(h[:, e, :, columns], alpha=1 / eps)
-                    new = torch.maximum(largest[..., e], z.amax(-1))
-                    # Where nothing has been seen yet both maxima are -inf, the difference NaN.
-                    safe = torch.where(new == -torch.inf, 0.0, new)
-                    total[..., e] *= (largest[..., e] - safe).exp_()
-                    total[..., e] += z.sub_(safe.unsqueeze(-1)).exp_().sum(-1)
-                    largest[..., e] = new
-            scale = torch.tensor(epsilon, dtype=dtype, device=x.device)
-            # log(0) - inf = -inf for a row without neighbors: the result is +inf, as it should be.
-            out[:, rows] = -scale * (total.log_() + largest)
-    return result
+        smallest, sums = group.of_x(least), group.of_x(total)
+        for rows, columns in clouds:
+            d = clouds.distances(rows, columns)
+            if exclude_self:
+                own_pairs(d, rows, columns).fill_(torch.inf)
+            for e, eps in enumerate(epsilon):
+                shifted = d if h is None else d - h[:, e, :, columns]
+                before = smallest[:, rows, e]
+                new = torch.minimum(before, shifted.amin(-1))
+                # Where nothing has been seen yet both minima are inf, and their difference NaN.
+                safe = torch.where(new == torch.inf, 0.0, new)
+                sums[:, rows, e] *= (safe - before).div_(eps).exp_()
+                sums[:, rows, e] += (safe.unsqueeze(-1) - shifted).mul_(1 / eps).exp_().sum(-1)
+                smallest[:, rows, e] = new
+    # log(0) = -inf for a row without neighbors: the result is +inf, as it should be.
+    return least - total.log() * total.new_tensor(epsilon), least, total
 
 
-class _Probabilities:
-    """Recomputes p_ij for one group of clouds, tile by tile."""
+class _Exponentials:
+    """Recomputes exp((least_i - d_ij + h_j) / eps) for one group of clouds, tile by tile.
+
+    Divided by its sum over j, `total` of the forward, it is the probability p_ij.
+    """
 
     def __init__(
         self,
         clouds: Clouds,
         bias: Tensor | None,
-        out: Tensor,
+        least: Tensor,
         epsilon: Sequence[float],
         exclude_self: bool,
     ) -> None:
         self.clouds, self.epsilon, self.exclude_self = clouds, epsilon, exclude_self
         self.h = None if bias is None else _wide(bias).mT.unsqueeze(-2)
-        # A row without neighbors is +inf; with -inf instead its probabilities are exp(-inf) = 0.
-        self.out = torch.where(out == torch.inf, -torch.inf, out)
+        # A row without neighbors is +inf; with -inf instead all of it is exp(-inf) = 0.
+        self.least = torch.where(least == torch.inf, -torch.inf, least)
 
     def on(self, rows: slice, columns: slice) -> list[Tensor]:
-        """The tile of probabilities for each epsilon."""
+        """The tile for each epsilon."""
         d = self.clouds.distances(rows, columns)
         tiles = []
         for e, eps in enumerate(self.epsilon):
-            z = self.out[:, rows, e, None] - d
-            if self.h is not None:
-                z.add_(self.h[:, e, :, columns])
-            # Probabilities are at most 1. The rounding of large potentials, divided by a small
-            # temperature, would otherwise take them to infinity.
-            p = z.mul_(1 / eps).clamp_(max=0).exp_()
+            shifted = d if self.h is None else d - self.h[:, e, :, columns]
+            p = (self.least[:, rows, e, None] - shifted).mul_(1 / eps).exp_()
             if self.exclude_self:
                 own_pairs(p, rows, columns).zero_()
             tiles.append(p)
@@ -262,7 +262,7 @@ def softmin_backward(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    least: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Offsets,
@@ -270,13 +270,13 @@ def softmin_backward(
     of_y: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, y and the bias."""
+    """Gradients by x, y and the bias, where `grad` is already divided by `total`."""
     like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
     grads = _like(x), _like(y, wanted=of_y), _like(like_bias, wanted=of_bias)
     for group in groups(x, y, x_offsets, y_offsets):
         clouds = Clouds.of(group.of_x(x), group.of_y(y))
         h = None if bias is None else group.of_y(bias)
-        p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
+        p = _Exponentials(clouds, h, group.of_x(least), epsilon, exclude_self)
         g = group.of_x(grad)
         dx, dy = group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None
         for rows, columns in clouds:
@@ -299,7 +299,7 @@ def softmin_double_backward(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    least: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Offsets,
@@ -308,14 +308,14 @@ def softmin_double_backward(
     """Gradients of S = <u, dx> + <v, dy> + <t, dh> by the incoming gradient, x, y and the bias.
 
     With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
-    over the row before the weights of any of its pairs are known.
+    over the row before the weights of any of its pairs are known, which sums the exponentials too.
     """
     like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
     grads = _like(grad), _like(x), _like(y), _like(like_bias)
     for group in groups(x, y, x_offsets, y_offsets):
         clouds = Clouds.of(group.of_x(x), group.of_y(y))
         h = None if bias is None else group.of_y(bias)
-        p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
+        p = _Exponentials(clouds, h, group.of_x(least), epsilon, exclude_self)
         gu = _wide(group.of_x(u))
         gv = None if v is None else _wide(group.of_y(v))
         gt = None if t is None else _wide(group.of_y(t)).mT.unsqueeze(-2)
@@ -323,17 +323,22 @@ def softmin_double_backward(
         mean = group.of_x(grads[0])
         dx, dy = group.of_x(grads[1]), group.of_y(grads[2])
         for rows in clouds.rows():
+            total = torch.zeros_like(mean[:, rows])
             for columns in clouds.columns():
                 delta = _directional(clouds, gu, gv, rows, columns)
                 for e, tile in enumerate(p.on(rows, columns)):
                     q = delta if gt is None else delta - gt[:, e, :, columns]
+                    total[..., e] += tile.sum(-1)
                     mean[:, rows, e] += (tile * q).sum(-1)
+            total = torch.where(total > 0, total, 1.0)
+            mean[:, rows] /= total
+            scaled = g[:, rows] / total
             for columns in clouds.columns():
                 delta = _directional(clouds, gu, gv, rows, columns)
                 a, w = torch.zeros_like(delta), torch.zeros_like(delta)
                 for e, tile in enumerate(p.on(rows, columns)):
                     q = delta if gt is None else delta - gt[:, e, :, columns]
-                    weighted = tile.mul_(g[:, rows, e, None])
+                    weighted = tile.mul_(scaled[..., e, None])
                     w += weighted
                     change = weighted * (q - mean[:, rows, e, None]) / epsilon[e]
                     a -= change
