@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fad_loss.ops._dense import accumulation_dtype
+from fad_loss.ops._precision import full_precision
 from fad_loss.ops.kernels import kernel_from
 
 _PAIR = "Tensor x, Tensor y"
@@ -33,11 +34,12 @@ def _register(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
         def run(*args: Any) -> Any:
             # Autocast would reach the matrix products in here and round distances to bfloat16:
             # wrong neighbors. Each operator chooses its precision itself, by the dtype of x.
-            device = args[0].device.type
-            if not torch.is_autocast_enabled(device):
-                return function(*args)
-            with torch.autocast(device, enabled=False):
-                return function(*args)
+            device = args[0].device
+            with full_precision(device):
+                if not torch.is_autocast_enabled(device.type):
+                    return function(*args)
+                with torch.autocast(device.type, enabled=False):
+                    return function(*args)
 
         op = torch.library.custom_op(f"fad_loss::{name}", run, mutates_args=(), schema=schema)
         op.register_vmap(_over_batch(op))

@@ -21,8 +21,6 @@ class Kernel(ABC):
     """A function of the squared distance between two points."""
 
     name: str
-    rough = False
-    """Whether it has a kink at d = 0, where points coincide."""
 
     @abstractmethod
     def __call__(self, d: Tensor) -> Tensor:
@@ -40,6 +38,11 @@ class Kernel(ABC):
     def parameters(self) -> tuple[float, ...]:
         """The bandwidths, as they travel through operators."""
         return ()
+
+    @property
+    def scale(self) -> float:
+        """The squared distance below which it hardly changes; 0 if it has a kink at d = 0."""
+        return 0.0
 
 
 def _positive(name: str, value: object) -> float:
@@ -91,6 +94,11 @@ class Gaussian(Kernel):
     def parameters(self) -> tuple[float, ...]:
         """The bandwidths."""
         return self.bandwidth
+
+    @property
+    def scale(self) -> float:
+        """Twice the square of the smallest bandwidth."""
+        return 2 * min(self.bandwidth) ** 2
 
     def _derivative(self, d: Tensor, order: int) -> Tensor:
         total: Tensor | None = None
@@ -150,7 +158,6 @@ class Laplacian(Kernel):
 
     bandwidth: float
     name = "laplacian"
-    rough = True
 
     def __init__(self, bandwidth: float) -> None:
         """Accept one bandwidth."""
@@ -196,7 +203,6 @@ class Energy(Kernel):
     """
 
     name = "energy"
-    rough = True
 
     def __call__(self, d: Tensor) -> Tensor:
         """Value at the squared distance `d`, element-wise."""
@@ -243,6 +249,11 @@ class InverseMultiquadric(Kernel):
     def parameters(self) -> tuple[float, ...]:
         """The bandwidth."""
         return (self.bandwidth,)
+
+    @property
+    def scale(self) -> float:
+        """The square of the bandwidth."""
+        return self.bandwidth**2
 
     @property
     def _rate(self) -> float:
