@@ -26,7 +26,7 @@ devices without it, sum differences.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,7 @@ class Tile:
     y: Tensor
     near: Near | None = None
     differences: bool = False
+    same: bool = False  # row i and column i are one point
 
     def like(self, t: Tensor) -> Tensor:
         """Bring values to the dtype of the tile."""
@@ -128,6 +129,9 @@ class Tile:
         return delta.mul_(2)
 
 
+_NOTHING = (torch.empty(0, dtype=torch.int64),) * 3
+
+
 class Clouds:
     """The points of one group of clouds (b, n, C) and (b, m, C), tile by tile."""
 
@@ -136,6 +140,8 @@ class Clouds:
     ) -> None:
         """Prepare for distances resolved to `scale`, and for multiplying weights back or not."""
         dtype = accumulation_dtype(x.dtype)
+        # One memory, so no need to look for the pairs in which a point meets itself.
+        self.same = not exclude_self and x.is_set_to(y)
         self.x, self.y = x.to(dtype), y.to(dtype)
         self.scale, self.exclude_self, self.backward = scale, exclude_self, backward
         self.looks = x.device.type == "cpu"
@@ -187,10 +193,10 @@ class Clouds:
         """Distances within the bound, never negative; a point's own is infinite if left out."""
         while self.ways[0] is not None:
             tile = self._product(rows, columns)
-            if not self.checks:
-                return tile
-            near = self._near(tile)
+            near = self._near(tile) if self.checks else _NOTHING
             if near is not None:
+                if self.same:
+                    own_pairs(tile.d, rows, columns).zero_()
                 return self._mended(tile, near)
             # The other tiles of the group will be much like this one.
             del self.ways[0]
@@ -209,7 +215,9 @@ class Clouds:
             d.add_(points.x_norms[:, rows, None]).clamp_(min=0)
             if not self.looks:
                 self._snap(d, rows, columns)
-        return Tile(rows, columns, self._without_own(d, rows, columns), x, y)
+        if self.same:
+            own_pairs(d, rows, columns).fill_(torch.inf)  # until the others have been looked at
+        return Tile(rows, columns, self._without_own(d, rows, columns), x, y, same=self.same)
 
     def _without_own(self, d: Tensor, rows: slice, columns: slice) -> Tensor:
         if self.exclude_self:
@@ -231,8 +239,7 @@ class Clouds:
         rows, columns, d = tile.rows, tile.columns, tile.d
         reach = self.points.y_norms[:, columns].amax(1, keepdim=True)
         if not (d.amin(-1) < (self.points.x_norms[:, rows] + reach) * self.share).any():
-            nothing = torch.empty(0, dtype=torch.int64)
-            return nothing, nothing, nothing
+            return _NOTHING
         near = self._below(self.share, d, rows, columns)
         limit = max(d.numel() // NEAR_SHARE, NEAR_COUNT)
         count = int(near.count_nonzero())
@@ -255,7 +262,7 @@ class Clouds:
         difference = x[cloud, row] - y[cloud, column]
         if not self.direct:
             tile.d[near] = tile.like(difference.square().sum(-1))
-        return Tile(tile.rows, tile.columns, tile.d, tile.x, tile.y, Near(near, difference))
+        return replace(tile, near=Near(near, difference))
 
 
 class Gradient:
@@ -289,6 +296,8 @@ class Gradient:
             if of_y is not None:
                 of_y[:, tile.columns].index_put_((cloud, column), -pull, accumulate=True)
             weights[tile.near.at] = 0.0
+        if tile.same:
+            own_pairs(weights, tile.rows, tile.columns).zero_()
         if weights.dtype != of_x.dtype:
             weights.masked_fill_(tile.d == 0, 0.0)  # where many coincide, they are no near pairs
         self.add_products(tile, weights, tile.x, tile.y)
