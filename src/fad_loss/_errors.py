@@ -47,7 +47,7 @@ def choose(argument: str, name: str, table: Mapping[str, T]) -> T:
 def count(name: str, value: object, least: int) -> int:
     """`value`, if it is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise expected(name, "an int", value, error=TypeError)
+        raise expected(name, "an int", describe(value), error=TypeError)
     if value < least:
         raise expected(name, f"at least {least}", str(value))
     return value
@@ -56,7 +56,7 @@ def count(name: str, value: object, least: int) -> int:
 def amount(name: str, value: object) -> float:
     """`value` as a float, if it is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise expected(name, "a number", value, error=TypeError)
+        raise expected(name, "a number", describe(value), error=TypeError)
     if not 0 <= value < float("inf"):
         raise expected(name, "a finite number of at least 0", repr(value))
     return float(value)
@@ -65,5 +65,5 @@ def amount(name: str, value: object) -> float:
 def switch(name: str, value: object) -> bool:
     """`value`, if it is True or False."""
     if not isinstance(value, bool):
-        raise expected(name, "True or False", value, error=TypeError)
+        raise expected(name, "True or False", describe(value), error=TypeError)
     return value

@@ -237,6 +237,52 @@ def test_bitwise_repeatable(C, backend, device):
         assert torch.equal(got, want)
 
 
+PRECISION = """
+import torch
+from fad_loss import ops
+torch.manual_seed(0)
+x, y = torch.randn(2, 70, 64), torch.randn(2, 90, 64)
+
+def results():
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    found = [*ops.nearest(a, b), *ops.knn(a, b, 5)]
+    found += [ops.softmin(a, b, 20.0), ops.kernel_mean(a, b, ops.Laplacian(3.0))]
+    return [*found, *torch.autograd.grad(sum(t.sum() for t in found), (a, b))]
+
+expected = results()
+for setting, look in SETTINGS:
+    exec(setting)
+    before = eval(look)
+    for got, want in zip(results(), expected, strict=True):
+        assert torch.equal(got, want), setting
+    assert eval(look) == before
+"""
+OLDER = [
+    (f'torch.set_float32_matmul_precision("{name}")', "torch.get_float32_matmul_precision()")
+    for name in ("medium", "high", "highest")
+]
+NEWER = [
+    ('torch.backends.cuda.matmul.fp32_precision = "tf32"', "torch.backends.fp32_precision"),
+    (
+        'torch.backends.mkldnn.matmul.fp32_precision = "bf16"',
+        "torch.backends.mkldnn.matmul.fp32_precision",
+    ),
+    ('torch.backends.fp32_precision = "tf32"', "torch.backends.fp32_precision"),
+]
+
+
+@pytest.mark.parametrize("settings", [OLDER, NEWER], ids=["older", "newer"])
+def test_either_api_of_the_matmul_precision(settings):
+    """The newer one (torch 2.9) makes the older one raise; on a CPU neither changes a result."""
+    if settings is NEWER and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        settings = OLDER
+    script = f"SETTINGS = {settings!r}\n{PRECISION}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # -------------------------------------------------------------------------------------- memory
 
 MEASURE = """
