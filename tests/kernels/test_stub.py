@@ -75,7 +75,7 @@ def test_forward_backward_and_twice(architecture, form, operation, monkeypatch):
         launches.append(len(counts.launched))
         sum(g.float().square().sum() for g in gradients).backward()
         launches.append(len(counts.launched))
-        assert 0 < launches[0]
+        assert launches[0] > 0
         assert all(a <= b for a, b in zip(launches, OPERATIONS[operation], strict=True))
         # What is launched again is not compiled again: at most what differs in its arguments.
         assert 0 < len(counts.compiled) <= 10
@@ -162,7 +162,7 @@ def test_shared_memory_is_checked_as_on_the_machine(monkeypatch):
     # Another number of channels than elsewhere: nothing of it is compiled, nor its limits known.
     x = torch.randn(1, 300, 150).bfloat16()
     with stub_gpu(120, monkeypatch) as counts:
-        import triton.compiler.compiler as compiler
+        from triton.compiler import compiler
 
         compiler.max_shared_mem.cache_clear()
         with pytest.raises(OutOfResources, match="shared memory"):

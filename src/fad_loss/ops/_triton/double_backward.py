@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.backward import multiply, store_each, store_gradient
+from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.tiles import (
     hold,
     load_points,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, sides
 from fad_loss.ops._triton.backward import backward_kernel
+from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.double_backward import double_backward_kernel
+from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, sides
 
 
 def gradient_like(t: Tensor, *, wanted: bool = True) -> Tensor:
@@ -98,4 +98,11 @@ def double_backward(
         "OF_Y": of_y,
         **settings,
     }
-    run("double_backward", double_backward_kernel, rows, columns, arguments, slabs=gradient is not None)
+    run(
+        "double_backward",
+        double_backward_kernel,
+        rows,
+        columns,
+        arguments,
+        slabs=gradient is not None,
+    )
