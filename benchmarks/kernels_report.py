@@ -2,8 +2,9 @@
 
 Every kernel of `fad_loss.ops._triton` and every entry of its table of tiles is compiled for sm_80,
 sm_90, sm_100 and sm_120, with the arguments that the library itself would pass (recorded from a run
-on meta tensors), the heaviest ones: several temperatures with biases, ragged clouds, exclude_self. Results
-go to a JSON for each version of Triton; what is wrong in it is printed and makes the exit status 1:
+on meta tensors), the heaviest ones: several temperatures with biases, ragged clouds, exclude_self.
+Results go to a JSON for each version of Triton; what is wrong in it is printed and makes the exit
+status 1:
 
 - a stack frame (registers spilled to memory), or more shared memory than the GPU has;
 - a missing matrix instruction of the target's own: mma (sm_80 and sm_120), wgmma (sm_90), tcgen05

@@ -149,7 +149,7 @@ class Distilled(Supervised):
         fading = 1.0 - self.progress if self.curriculum == "fade" else 1.0
         for name, term in self.terms.items():
             what = COMPARED.get(name, "points")
-            # FAD scales its student's term itself, and not the discriminator's.
+            # FAD weighs the gradient of its student itself.
             weight = 1.0 if name == "fad" else self.weights[name]
             loss = loss + fading * weight * term(getattr(student, what), getattr(teacher, what))
         return loss, logits
@@ -158,7 +158,7 @@ class Distilled(Supervised):
         """The scores of the adversarial loss, if it takes part."""
         if "fad" not in self.terms:
             return {}
-        names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "accuracy")
+        names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "separability")
         values = self.terms["fad"].statistics()
         return {f"fad_{name}": values[name] for name in names}
 

@@ -8,6 +8,7 @@
 from fad_loss import distances, metrics, objectives, ops, penalties
 from fad_loss._checks import debug
 from fad_loss.capture import capture_features
+from fad_loss.correspondence import interpolate
 from fad_loss.discriminators import (
     CloudDiscriminator,
     HeadDiscriminator,
@@ -16,11 +17,13 @@ from fad_loss.discriminators import (
     PointDiscriminator,
     TeacherDiscriminator,
 )
+from fad_loss.distiller import Distiller
 from fad_loss.loss import FeatureAdversarialLoss
 from fad_loss.ragged import ragged
 
 __all__ = [
     "CloudDiscriminator",
+    "Distiller",
     "FeatureAdversarialLoss",
     "HeadDiscriminator",
     "MatchDiscriminator",
@@ -30,6 +33,7 @@ __all__ = [
     "capture_features",
     "debug",
     "distances",
+    "interpolate",
     "metrics",
     "objectives",
     "ops",

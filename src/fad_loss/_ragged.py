@@ -33,6 +33,11 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     return _Unwrap.apply(x), x.offsets()  # type: ignore[no-untyped-call,attr-defined]
 
 
+def packed(x: Tensor) -> Tensor:
+    """The packed values of a ragged tensor; any other as it is."""
+    return pack(x)[0] if is_ragged(x) else x
+
+
 def wrap(values: Tensor, offsets: Tensor, shortest: int | None, longest: int | None) -> Tensor:
     """Make a ragged tensor of packed values; known bounds of the lengths spare a look at them."""
     ragged: Tensor = _Wrap.apply(values, offsets, shortest, longest)  # type: ignore[no-untyped-call]
@@ -120,15 +125,20 @@ def cloud_sum(x: Tensor) -> Tensor:
     return total.index_put((cloud_index(x),), values, accumulate=True)
 
 
-def cloud_mean(x: Tensor) -> Tensor:
+def cloud_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over the points of each cloud; per-cloud values ``(B,)`` pass through.
 
-    An empty cloud has the mean 0: there is nothing to learn from it.
+    `mask`, ``(B, N)``, says which points of dense clouds count. A cloud without any has the mean 0:
+    there is nothing to learn from it.
     """
     if is_ragged(x):
         lengths = cloud_lengths(x).clamp_min(1).to(x.dtype)
         total = cloud_sum(x)
         return total / lengths.reshape(-1, *[1] * (total.dim() - 1))
+    if mask is not None:
+        if x.dim() == 1:
+            return torch.where(mask.any(1), x, 0)
+        return torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp_min(1)
     if x.dim() == 1:
         return x
     return x.sum(1) / max(x.shape[1], 1)

@@ -38,7 +38,7 @@ _GRADIENT_BOUND = {
 # Of smooth operations, where the user allows float32 products less than float32's own precision, or
 # where a GPU multiplies half-precision inputs in half precision.
 _COARSE_BOUND = {"highest": 0.0, "high": 2e-3, "medium": 1e-2}
-# Of smooth operations in float32 as three tf32 products: 2^-21 of the norms; float32 has 2^-24.
+# Of smooth operations in float32 as three tf32 products: 2^-21 of the norms, float32 has 2^-24.
 _SPLIT_BOUND = 1e-4
 
 

@@ -2,123 +2,250 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
+
+from fad_loss._errors import choose, expected, switch
+from fad_loss._paths import Layer, element, find, hooks_are_compiled, paths_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["CapturedFeatures", "capture_features"]
 
-# What wrappers call the module they wrap. "module" is also a name that people give to layers of
-# their own, so it only counts as a wrapper's when the parent holds nothing else.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_CALLS: Final = {name: name for name in ("last", "all", "error")}
 
 
-class _Recorder:
-    """The forward hook of one layer: writes what the layer returned into the shared records."""
+class _Call(NamedTuple):
+    """What a layer returned, and how often its tensors had been changed in place by then."""
 
-    def __init__(
-        self, records: dict[str, Any] | None, layer: str, inputs: bool, detach: bool
-    ) -> None:
-        self.records = records
-        self.layer = layer
-        self.inputs = inputs
-        self.detach = detach
+    value: Any
+    versions: list[int] | None
 
-    def __call__(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if self.records is None:
-            return
-        value = output
-        if self.inputs:
-            received = (*args, *kwargs.values())
-            value = received[0] if len(received) == 1 else received
-        if self.detach:
-            value = tree_map(_detached, value)
-        self.records[self.layer] = value
+
+@dataclass
+class _Recording:
+    """The records of all layers, and how they are made."""
+
+    inputs: bool = False
+    detach: bool = False
+    calls: str = "last"
+    clone: bool = False
+    alive: bool = True
+    made: dict[str, tuple[_Call, ...]] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or pickled model takes its hooks along. The copy of this one records nothing:
         # nobody could read the records, they would only hold on to memory, and tensors with a
         # graph cannot be deep-copied at all.
-        return (_Recorder, (None, self.layer, self.inputs, self.detach))
+        return (_Recording, (False, False, "last", False, False))
+
+    @property
+    def watching(self) -> bool:
+        """Whether this run of the model is one whose features somebody may read."""
+        if not self.alive or torch.compiler.is_dynamo_compiling():
+            return self.alive
+        # Not one that is exported or traced, nor the second one of a checkpoint, in the backward.
+        return not (
+            torch.compiler.is_compiling()
+            or torch._C._is_tracing()
+            or torch._C._current_graph_task_id() != -1
+        )
+
+    def keep(self, layer: str, value: Any) -> None:
+        """Record what a layer returned."""
+        earlier = self.made.get(layer, ())
+        if earlier and self.calls == "error":
+            message = (
+                f"{layer!r}: called a second time in one run of the model; capture with "
+                "calls='last' or calls='all', or another layer"
+            )
+            raise RuntimeError(message)
+        if self.detach:
+            value = tree_map_only(Tensor, Tensor.detach, value)
+        elif not torch.compiler.is_dynamo_compiling() and _loses_its_graph(value):
+            message = (
+                f"{layer!r}: lies in a reentrant checkpoint, which runs it without a graph, and no "
+                "loss on its features would reach the model; checkpoint with use_reentrant=False"
+            )
+            raise RuntimeError(message)
+        versions = None
+        # Where versions are not counted, a change in place would go unnoticed.
+        if self.clone or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            value = tree_map_only(Tensor, Tensor.clone, value)
+        else:
+            versions = _versions(value)
+        call = _Call(value, versions)
+        self.made[layer] = (*earlier, call) if self.calls == "all" else (call,)
+
+    def end(self, handles: list[RemovableHandle]) -> None:
+        """Take the hooks off and release the features."""
+        for handle in handles:
+            handle.remove()
+        self.alive = False
+        self.made.clear()
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+@dataclass
+class _Hook:
+    """What the hooks have in common."""
+
+    recording: _Recording
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script compiles the hooks too, and asks for their names first.
+        message = (
+            "torch.jit.script cannot compile a model while its features are captured; call "
+            "remove() on them first"
+        )
+        raise AttributeError(message)
 
 
-def _remove_all(handles: list[RemovableHandle], records: dict[str, Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-    records.clear()
+@dataclass
+class _Forget(_Hook):
+    """The model's forward pre-hook: no record of an earlier run passes for one of this run."""
+
+    def __call__(self, *_: Any) -> None:
+        if self.recording.watching:
+            self.recording.made.clear()
+
+
+@dataclass
+class _Record(_Hook):
+    """The forward hook of one layer."""
+
+    path: str
+    elements: tuple[str, ...]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not self.recording.watching:
+            return
+        if getattr(module, "_is_replica", False):
+            message = (
+                f"{self.path!r}: torch.nn.DataParallel runs a copy of it on each GPU, with a part "
+                "of the batch, and the features of one are not those of the batch; use "
+                "DistributedDataParallel, or one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+            raise RuntimeError(message)
+        value = output
+        if self.recording.inputs:
+            received = (*args, *kwargs.values())
+            value = received[0] if len(received) == 1 else received
+        for name in self.elements:
+            value = element(self.path, value, name)
+        self.recording.keep(self.path, value)
+
+
+def _loses_its_graph(value: Any) -> bool:
+    """Whether a reentrant checkpoint computes `value` of something that requires a gradient."""
+    if torch.is_grad_enabled():
+        return False
+    if any(leaf.requires_grad for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        return False
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return any(frame.f_locals["ctx"].needs_input_grad)
+    return False
+
+
+def _versions(value: Any) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class CapturedFeatures(Mapping[str, Any]):
-    """What `capture_features` returns: the layers' latest outputs, by path.
+    """What `capture_features` returns: the layers' outputs in the latest run, by path.
 
-    A mapping of the layers that have run since the last `clear`, a context manager, and a handle
-    with `remove`.
+    A mapping of the layers that have been called since the model's latest run began, a context
+    manager, and a handle with `remove`.
     """
 
     def __init__(
-        self,
-        records: dict[str, Any],
-        layers: tuple[str, ...],
-        handles: list[RemovableHandle],
+        self, recording: _Recording, found: dict[str, Layer], handles: list[RemovableHandle]
     ) -> None:
-        self._records = records
-        self.layers = layers
+        self._recording = recording
+        self._found = found
         # Runs on remove(), or when nobody holds this object any more: a forgotten handle leaves no
         # hook behind either.
-        self._finalizer = weakref.finalize(self, _remove_all, handles, records)
+        self._finalizer = weakref.finalize(self, recording.end, handles)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths that are captured."""
+        return tuple(self._found)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The paths where the model has another module since (after `convert_sync_batchnorm`)."""
+        return tuple(path for path, layer in self._found.items() if layer.replaced)
 
     def __getitem__(self, layer: str) -> Any:
-        try:
-            return self._records[layer]
-        except KeyError:
-            pass
-        if layer not in self.layers:
+        if layer not in self._recording.made:
+            raise KeyError(self._why_not(layer))
+        calls = self._recording.made[layer]
+        for call in calls:
+            if call.versions is not None and call.versions != _versions(call.value):
+                message = (
+                    f"{layer!r}: changed in place after the layer returned it (by an activation "
+                    "with inplace=True, say); capture with clone=True for what the layer returned, "
+                    "or capture the layer that changed it"
+                )
+                raise RuntimeError(message)
+        return tuple(c.value for c in calls) if self._recording.calls == "all" else calls[0].value
+
+    def _why_not(self, layer: str) -> str:
+        if layer not in self._found:
             near = get_close_matches(str(layer), self.layers, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            message = (
+            return (
                 f"{layer!r} is not being captured, only {', '.join(map(repr, self.layers))}{hint}"
             )
-        elif not self._finalizer.alive:
-            message = (
+        if not self._recording.alive:
+            return (
                 f"{layer!r}: the capture has ended and its features are released; read them "
                 "inside the with block, or before remove()"
             )
-        else:
-            message = (
-                f"{layer!r}: nothing captured yet, because the layer has not been called since the "
-                "capture began or was cleared. Run the model first. If you did: its forward may "
-                "use the layer's parameters without calling the layer; or a function that was "
-                "compiled with torch.compile ran the model before the capture began, and compiled "
-                "code does not see hooks that come later: begin the capture before the first run, "
-                "or call torch.compiler.reset() after it"
+        if self._found[layer].replaced:
+            return (
+                f"{layer!r}: nothing captured, because the model has had another module in this "
+                "place since the capture began; change layers first (convert_sync_batchnorm, say), "
+                "then capture"
             )
-        raise KeyError(message)
+        return (
+            f"{layer!r}: nothing captured yet, because the layer has not been called since the "
+            "capture began or was cleared, or in the model's latest run. Run the model first. If "
+            "you did: its forward may use the layer's parameters without calling the layer; or a "
+            "function that was compiled with torch.compile ran the model before the capture began, "
+            "and compiled code does not see hooks that come later: begin the capture before the "
+            "first run, or call torch.compiler.reset() after it"
+        )
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._recording.made
 
     def __iter__(self) -> Iterator[str]:
-        return iter([layer for layer in self.layers if layer in self._records])
+        return iter([layer for layer in self._found if layer in self._recording.made])
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._recording.made)
 
     def __repr__(self) -> str:
-        state = "" if self._finalizer.alive else ", removed"
+        state = "" if self._recording.alive else ", removed"
         return f"{type(self).__name__}({', '.join(map(repr, self.layers))}{state})"
 
     def __enter__(self) -> Self:
@@ -134,7 +261,7 @@ class CapturedFeatures(Mapping[str, Any]):
 
     def clear(self) -> None:
         """Forget the features captured so far (and release their memory); go on capturing."""
-        self._records.clear()
+        self._recording.made.clear()
 
     def remove(self) -> None:
         """Take the hooks off the model and forget the features. Harmless if repeated."""
@@ -147,6 +274,8 @@ def capture_features(
     *,
     inputs: bool = False,
     detach: bool = False,
+    calls: str = "last",
+    clone: bool = False,
 ) -> CapturedFeatures:
     r"""Record what layers inside a model return, without touching the model's code.
 
@@ -164,21 +293,22 @@ def capture_features(
             loss = F.cross_entropy(logits, labels) + fad(features["encoder.conv5"], ...)
         features.remove()
 
-    Each entry is exactly what the layer returned in its **last call**: the same tensor, with its
-    graph, or the tuple or dictionary of them if that is what the layer returns. Nothing is copied.
-    Hence, if the next operation works in place (``nn.ReLU(inplace=True)``), the entry holds what it
-    left; and a layer under reentrant activation checkpointing gives features without a graph. The
-    model's mode, its parameters and their ``requires_grad`` stay as they are. The hooks go when the
-    block ends (also by an exception), on ``remove()``, or with the last reference to the handle.
+    Each entry is exactly what the layer returned in the latest run of `model`: the same tensor,
+    with its graph, or the tuple or dictionary of them if that is what the layer returns;
+    ``"path[1]"`` and ``"path[name]"`` take one element (or field) of it. The model's mode, its
+    parameters and their ``requires_grad`` stay as they are. The hooks go when the block ends (also
+    by an exception), on ``remove()``, or with the last reference to the handle. Runs that are
+    exported (`torch.export`), traced, or computed again for a checkpoint in the backward are not
+    recorded.
 
-    **Wrapped models.** Paths are those of the plain model: ``module.`` (`DistributedDataParallel`,
-    `DataParallel`), ``_orig_mod.`` (`torch.compile`) and FSDP's and checkpointing's prefixes may be
-    left out. **Compiled models.** Code that `torch.compile` produced ignores hooks that come later
+    **Wrapped models.** Paths are those of the plain model: ``module.`` (`DistributedDataParallel`),
+    ``_orig_mod.`` (`torch.compile`) and FSDP's and checkpointing's prefixes may be left out.
+    **Compiled models.** Code that `torch.compile` produced ignores hooks that come later
     (pytorch#117758). So, where a layer lies inside a compiled module, this calls
     ``torch.compiler.reset()``: the next run compiles anew, with the hooks; begin once, before the
     first run, and nothing is compiled twice. What cannot be seen from here is a *function* that
     calls the model and was compiled and run before; then the entry stays empty, and reading it says
-    so.
+    so. Compiled code, and `torch.inference_mode`, record copies.
 
     Args:
         model: any `torch.nn.Module`; TorchScript modules cannot be hooked.
@@ -188,13 +318,23 @@ def capture_features(
         detach: record detached tensors, so that they keep no graph alive. A teacher that runs
             under `torch.no_grad` has none anyway, and `FeatureAdversarialLoss` detaches the teacher
             itself.
+        calls: of a layer that is called several times in one run of the model, the ``"last"`` call,
+            a tuple of ``"all"``, or an ``"error"``. (Where parts of the model are called by
+            themselves, a run lasts until `clear`.)
+        clone: record copies, which an operation in place that follows (``nn.ReLU(inplace=True)``)
+            does not reach.
 
     Returns:
         A mapping from path to features, see `CapturedFeatures`.
 
     Raises:
         TypeError: `model` is no module, or is TorchScript; or `layers` are not paths.
-        ValueError: no layers, or a path that the model does not have; similar ones are listed.
+        ValueError: no layers, or a path that the model does not have; similar ones are listed. In
+            the model's run: an element that the layer did not return.
+        RuntimeError: in the model's run, a second call with ``calls="error"``, a reentrant
+            checkpoint (whose layers run without a graph), or a replica of `torch.nn.DataParallel`
+            (which has a part of the batch); in reading, features that were changed in place.
+        KeyError: in reading, a layer that was not called; the message says why.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -203,92 +343,26 @@ def capture_features(
         ...     features["1"].shape
         torch.Size([4, 8])
     """
-    _check_type("model", model, nn.Module)
+    if not isinstance(model, nn.Module):
+        raise expected("model", "a torch.nn.Module", type(model).__name__, error=TypeError)
     if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
-        message = (
-            f"layers: expected a path as in model.named_modules(), or several, got "
-            f"{type(layers).__name__}"
-        )
-        raise TypeError(message)
+        wanted = "a path as in model.named_modules(), or several"
+        raise expected("layers", wanted, type(layers).__name__, error=TypeError)
     paths = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
     if not paths:
-        message = "layers: expected at least one path, got none"
-        raise ValueError(message)
-    known = _paths(model)
-    found = {path: _find(path, known, model) for path in paths}
-    records: dict[str, Any] = {}
-    handles = [
-        chain[-1].register_forward_hook(_Recorder(records, path, inputs, detach), with_kwargs=True)
-        for path, chain in found.items()
-    ]
-    if any(_hooks_are_compiled(chain) for chain in found.values()):
-        torch.compiler.reset()
-    return CapturedFeatures(records, paths, handles)
-
-
-def _paths(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
-    """Every path into the model, with the modules on the way.
-
-    Once as it is, and once without the prefixes of wrappers. Where a wrapper and what it wraps
-    share a path, the wrapper has it: its hooks run outside compiled code, and not a second time
-    when a checkpoint is recomputed.
-    """
-    exact: dict[str, tuple[nn.Module, ...]] = {}
-    plain: dict[str, tuple[nn.Module, ...]] = {}
-    pending: list[tuple[tuple[str, ...], tuple[str, ...], tuple[nn.Module, ...]]] = [
-        ((), (), (model,))
-    ]
-    while pending:
-        names, bare, chain = pending.pop(0)
-        exact[".".join(names)] = chain
-        plain.setdefault(".".join(bare), chain)
-        children = chain[-1]._modules
-        for name, child in children.items():
-            if child is None or any(child is module for module in chain):
-                continue
-            wrapper = name in _WRAPPED or (name == "module" and len(children) == 1)
-            pending.append(((*names, name), bare if wrapper else (*bare, name), (*chain, child)))
-    return {**plain, **exact}
-
-
-def _find(
-    path: str, known: Mapping[str, tuple[nn.Module, ...]], model: nn.Module
-) -> tuple[nn.Module, ...]:
-    _check_type("layers: every path", path, str)
-    if path not in known:
-        names = [name for name in known if name]
-        last = path.rsplit(".", 1)[-1]
-        same = [name for name in names if name.rsplit(".", 1)[-1] == last]
-        near = list(dict.fromkeys([*get_close_matches(path, names, n=5, cutoff=0.5), *same]))[:6]
-        if near:
-            hint = f"did you mean {' or '.join(map(repr, near))}?"
-        else:
-            top = [name for name in names if "." not in name]
-            hint = f"at the top level there are {', '.join(map(repr, top)) or 'no modules'}"
-        message = f"layers: {type(model).__name__} has no module {path!r}; {hint}"
-        raise ValueError(message)
-    chain = known[path]
-    if any(isinstance(module, torch.jit.ScriptModule) for module in chain):
-        message = (
-            f"layers: {path!r} lies in a TorchScript module, which runs no Python hooks; capture "
-            "from the model before torch.jit.script or torch.jit.trace"
-        )
-        raise TypeError(message)
-    return chain
-
-
-def _hooks_are_compiled(chain: tuple[nn.Module, ...]) -> bool:
-    """Whether the last module's hooks run inside code that `torch.compile` produced."""
-    # torch.compile(module) gives a wrapper, whose own hooks run outside; module.compile() compiles
-    # the call, hooks included.
-    wrappers = chain[:-1]
-    return any(hasattr(module, "_torchdynamo_orig_callable") for module in wrappers) or any(
-        module._compiled_call_impl is not None for module in chain
+        raise expected("layers", "at least one path", "none")
+    recording = _Recording(
+        switch("inputs", inputs),
+        switch("detach", detach),
+        choose("calls", calls, _CALLS),
+        switch("clone", clone),
     )
-
-
-def _check_type(name: str, value: object, expected: type) -> None:
-    if not isinstance(value, expected):
-        kind = {Tensor: "torch.Tensor", nn.Module: "torch.nn.Module"}.get(expected, "str")
-        message = f"{name}: expected a {kind}, got {type(value).__name__}"
-        raise TypeError(message)
+    known = paths_of(model)
+    found = {path: find(path, known, model) for path in paths}
+    handles = [model.register_forward_pre_hook(_Forget(recording))]
+    for path, layer in found.items():
+        record = _Record(recording, path, layer.elements)
+        handles.append(layer.chain[-1].register_forward_hook(record, with_kwargs=True))
+    if any(hooks_are_compiled(layer.chain) for layer in found.values()):
+        torch.compiler.reset()
+    return CapturedFeatures(recording, found, handles)

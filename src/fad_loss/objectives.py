@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fad_loss._checks import check_tensor
-from fad_loss._errors import choose, describe
+from fad_loss._errors import choose, describe, expected
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise
 
 __all__ = [
@@ -34,6 +34,10 @@ __all__ = [
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
+
+
+Masks = tuple[Tensor | None, Tensor | None]
+"""Which scores count, of the student's and of the teacher's points: ``(B, N)``, or None (all)."""
 
 
 def as_scores(name: str, scores: Tensor) -> Tensor:
@@ -52,9 +56,15 @@ def as_scores(name: str, scores: Tensor) -> Tensor:
     return pointwise(_at_least_float32, scores)
 
 
-def _average(name: str, function: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
+def _average(
+    name: str, function: Callable[[Tensor], Tensor], scores: Tensor, mask: Tensor | None
+) -> Tensor:
     """Apply `function` to every score, average over each cloud's points, then over clouds."""
-    return cloud_mean(pointwise(function, as_scores(name, scores))).mean()
+    scores = as_scores(name, scores)
+    if mask is not None and (is_ragged(scores) or mask.shape[: scores.dim()] != scores.shape):
+        wanted = f"one for every point of the scores {describe(scores)}"
+        raise expected("mask", wanted, mask, "ragged scores are given without the others")
+    return cloud_mean(pointwise(function, scores), mask).mean()
 
 
 class Objective(ABC):
@@ -68,21 +78,26 @@ class Objective(ABC):
     needs_real: ClassVar[bool] = False
 
     @abstractmethod
-    def student(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+    def student(
+        self, fake: Tensor, real: Tensor | None = None, mask: Masks = (None, None)
+    ) -> Tensor:
         """The student's loss, a scalar.
 
         Args:
             fake: scores of the student's features, ``(B, N)``, ``(B,)`` or ragged ``(B, j)``.
             real: scores of the teacher's features, if `needs_real`.
+            mask: which of the student's and of the teacher's points count, ``(B, N)`` each, or
+                None. A cloud without any contributes 0. The loss passes it only if there is one.
         """
 
     @abstractmethod
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+    def discriminator(self, real: Tensor, fake: Tensor, mask: Masks = (None, None)) -> Tensor:
         """The discriminator's loss, a scalar.
 
         Args:
             real: scores of the teacher's features, ``(B, N)``, ``(B,)`` or ragged ``(B, j)``.
             fake: scores of the student's features.
+            mask: as for `student`.
         """
 
     def __repr__(self) -> str:
@@ -107,13 +122,19 @@ class _PerScore(Objective):
     def _fake(score: Tensor) -> Tensor:
         """What the discriminator pays for a score of the student's features."""
 
-    def student(self, fake: Tensor, real: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def student(
+        self,
+        fake: Tensor,
+        real: Tensor | None = None,  # noqa: ARG002
+        mask: Masks = (None, None),
+    ) -> Tensor:
         """The student's loss, a scalar; see `Objective.student`."""
-        return _average("fake", self._student, fake)
+        return _average("fake", self._student, fake, mask[0])
 
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+    def discriminator(self, real: Tensor, fake: Tensor, mask: Masks = (None, None)) -> Tensor:
         """The discriminator's loss, a scalar; see `Objective.discriminator`."""
-        return _average("real", self._real, real) + _average("fake", self._fake, fake)
+        of_real = _average("real", self._real, real, mask[1])
+        return of_real + _average("fake", self._fake, fake, mask[0])
 
 
 class Hinge(_PerScore):
@@ -250,7 +271,9 @@ class Relativistic(Objective):
 
     needs_real: ClassVar[bool] = True
 
-    def student(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
+    def student(
+        self, fake: Tensor, real: Tensor | None = None, mask: Masks = (None, None)
+    ) -> Tensor:
         """The student's loss, a scalar; see `Objective.student`."""
         if real is None:
             message = (
@@ -258,22 +281,32 @@ class Relativistic(Objective):
                 "the scores of the teacher's features too; got None"
             )
             raise ValueError(message)
-        return F.softplus(-self._margin(fake, real)).mean()
+        margin, counted = self._margin(fake, real, mask)
+        return (F.softplus(-margin) * counted).mean()
 
-    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+    def discriminator(self, real: Tensor, fake: Tensor, mask: Masks = (None, None)) -> Tensor:
         """The discriminator's loss, a scalar; see `Objective.discriminator`."""
-        return F.softplus(self._margin(fake, real)).mean()
+        margin, counted = self._margin(fake, real, mask)
+        return (F.softplus(margin) * counted).mean()
 
     @staticmethod
-    def _margin(fake: Tensor, real: Tensor) -> Tensor:
-        """By how much the student's cloud scores above the teacher's, ``(B,)``."""
+    def _margin(fake: Tensor, real: Tensor, mask: Masks) -> tuple[Tensor, Tensor]:
+        """By how much a student's cloud scores above its teacher's, and whether it counts, (B,)."""
         if fake.shape[0] != real.shape[0]:
             message = (
                 "real, fake: the relativistic objective pairs the clouds, expected the same number "
                 f"of each, got {describe(real)} and {describe(fake)}"
             )
             raise ValueError(message)
-        return cloud_mean(as_scores("fake", fake)) - cloud_mean(as_scores("real", real))
+        fake, real = as_scores("fake", fake), as_scores("real", real)
+        margin = cloud_mean(fake, mask[0]) - cloud_mean(real, mask[1])
+        counted = torch.ones_like(margin)
+        for scores, one in ((fake, mask[0]), (real, mask[1])):
+            if one is not None:
+                counted = counted * one.any(1)
+            elif is_ragged(scores):
+                counted = counted * (pack(scores)[1].diff() > 0)
+        return margin, counted
 
 
 OBJECTIVES: Mapping[str, type[Objective]] = {

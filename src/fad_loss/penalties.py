@@ -18,12 +18,12 @@ from torch import Tensor
 from fad_loss._checks import check_tensor
 from fad_loss._errors import describe
 from fad_loss._ragged import cloud_mean, cloud_sum, is_ragged, pack, pointwise, unpack
-from fad_loss.objectives import as_scores
+from fad_loss.objectives import Masks, as_scores
 
 __all__ = ["lecam", "penalized_scores", "r1", "r2"]
 
 
-def r1(scores: Tensor, features: Tensor) -> Tensor:
+def r1(scores: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Half the expected squared norm of the gradient of the score, at the teacher's features.
 
     .. math::
@@ -40,6 +40,7 @@ def r1(scores: Tensor, features: Tensor) -> Tensor:
     Args:
         scores: ``(B,)``, ``(B, N)`` or ragged ``(B, j)``, computed from `features`.
         features: ``(B, N, C)`` or ragged ``(B, j, C)``; it required grad when it was scored.
+        mask: which points of dense features count, ``(B, N)``.
 
     Returns:
         A scalar, to be multiplied by the weight of your choice (:math:`\gamma`).
@@ -75,10 +76,10 @@ def r1(scores: Tensor, features: Tensor) -> Tensor:
             "score this very tensor (not a copy or a view made later), and not under torch.no_grad"
         )
         raise ValueError(message)
-    return half_squared_norm(gradient, scores)
+    return half_squared_norm(gradient, scores, mask)
 
 
-def r2(scores: Tensor, features: Tensor) -> Tensor:
+def r2(scores: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""The same as `r1`, at the student's features.
 
     R3GAN penalises both, which makes the game converge where R1 alone does not.
@@ -87,6 +88,7 @@ def r2(scores: Tensor, features: Tensor) -> Tensor:
         scores: ``(B,)``, ``(B, N)`` or ragged, computed from `features`.
         features: ``(B, N, C)`` or ragged ``(B, j, C)``; a detached copy of the student's features
             that requires grad, for the penalty is the discriminator's.
+        mask: which points of dense features count, ``(B, N)``.
 
     Returns:
         A scalar.
@@ -101,10 +103,12 @@ def r2(scores: Tensor, features: Tensor) -> Tensor:
         >>> r2(features.square().sum((1, 2)), features)  # one score per cloud: 1/2 * 8 * 2^2
         tensor(16., grad_fn=<MulBackward0>)
     """
-    return r1(scores, features)
+    return r1(scores, features, mask)
 
 
-def penalized_scores(score: Callable[[Tensor], Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
+def penalized_scores(
+    score: Callable[[Tensor], Tensor], features: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Score features and compute the gradient penalty `r1` of the scores in one go.
 
     The same numbers as `r1`, from a function instead of from a finished graph. For dense features
@@ -113,6 +117,7 @@ def penalized_scores(score: Callable[[Tensor], Tensor], features: Tensor) -> tup
     Args:
         score: maps features to scores, ``(B,)`` or ``(B, N)``; ragged features to ragged scores.
         features: ``(B, N, C)`` or ragged ``(B, j, C)``.
+        mask: which points of dense features count, ``(B, N)``.
 
     Returns:
         The scores and the penalty, both with a graph to the parameters of `score`, not to what
@@ -134,14 +139,14 @@ def penalized_scores(score: Callable[[Tensor], Tensor], features: Tensor) -> tup
         leaf = pointwise(lambda values: values.detach().requires_grad_(), features)
         with torch.enable_grad():
             scores = score(leaf)
-            return scores, r1(scores, leaf)
+            return scores, r1(scores, leaf, mask)
     scores, pull = torch.func.vjp(score, features.detach())  # type: ignore[misc]
     _check_pair(scores, features)
     (gradient,) = pull(torch.ones_like(scores))
-    return scores, half_squared_norm(gradient, scores)
+    return scores, half_squared_norm(gradient, scores, mask)
 
 
-def half_squared_norm(gradient: Tensor, scores: Tensor) -> Tensor:
+def half_squared_norm(gradient: Tensor, scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """The penalty, from the gradient of the summed scores with respect to the features."""
     per_point = is_ragged(scores) or scores.dim() == 2
     if is_ragged(gradient):
@@ -150,7 +155,7 @@ def half_squared_norm(gradient: Tensor, scores: Tensor) -> Tensor:
         squared = _squared(gradient)
         if squared.dim() == 1:
             return 0.5 * squared.mean()
-    return 0.5 * (cloud_mean(squared) if per_point else cloud_sum(squared)).mean()
+    return 0.5 * (cloud_mean(squared, mask) if per_point else cloud_sum(squared)).mean()
 
 
 def _squared(gradient: Tensor) -> Tensor:
@@ -182,7 +187,13 @@ def _check_pair(scores: Tensor, features: Tensor) -> None:
         raise ValueError(message)
 
 
-def lecam(real: Tensor, fake: Tensor, ema_real: Tensor | float, ema_fake: Tensor | float) -> Tensor:
+def lecam(
+    real: Tensor,
+    fake: Tensor,
+    ema_real: Tensor | float,
+    ema_fake: Tensor | float,
+    mask: Masks = (None, None),
+) -> Tensor:
     r"""LeCam regularisation: keep the scores of each side near the past scores of the other.
 
     .. math::
@@ -196,6 +207,7 @@ def lecam(real: Tensor, fake: Tensor, ema_real: Tensor | float, ema_fake: Tensor
         fake: scores of the student's features.
         ema_real: the moving average of the real scores; detached here.
         ema_fake: the moving average of the fake scores; detached here.
+        mask: which scores of the fake and of the real points count, ``(B, N)`` each, or None.
 
     Returns:
         A scalar.
@@ -219,8 +231,8 @@ def lecam(real: Tensor, fake: Tensor, ema_real: Tensor | float, ema_fake: Tensor
             average = average.detach().reshape(())  # noqa: PLW2901
         averages.append(average)
     alpha_real, alpha_fake = averages
-    towards_fake = cloud_mean(_shifted_square("real", real, alpha_fake)).mean()
-    return towards_fake + cloud_mean(_shifted_square("fake", fake, alpha_real)).mean()
+    towards_fake = cloud_mean(_shifted_square("real", real, alpha_fake), mask[1]).mean()
+    return towards_fake + cloud_mean(_shifted_square("fake", fake, alpha_real), mask[0]).mean()
 
 
 def _shifted_square(name: str, scores: Tensor, shift: Tensor | float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fad_loss import FeatureAdversarialLoss, ragged
-from fad_loss.balance import GradientBalance
+from fad_loss.gradients import GradientBalance
 
 
 def problem(seed=0, **options):
@@ -117,6 +117,7 @@ def test_ragged_clouds():
     clouds = ragged(torch.randn(9, 4, requires_grad=True), lengths=[2, 7])
     teacher = ragged(torch.randn(8, 6), lengths=[5, 3])
     (clouds.values().square().sum() + fad(clouds, teacher)).backward()
+    assert float(fad.balance.factor()) != 1
     assert int(fad.balance.measured) == 1
 
 
@@ -158,6 +159,7 @@ def test_compiled_with_graph_breaks_but_not_without():
         return task(features) + fad(features, teacher)
 
     torch.compile(step, backend="aot_eager")(points, teacher).backward()
+    assert float(fad.balance.factor()) != 1
     assert int(fad.balance.measured) == 1
     torch.compiler.reset()
     with pytest.raises(Exception, match="leave the loss outside"):

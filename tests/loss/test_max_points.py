@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss import FeatureAdversarialLoss, MatchDiscriminator, TeacherDiscriminator, ragged
+from fad_loss.discriminators import Points
 
 
 class Spy(TeacherDiscriminator):
     """Keeps what it was shown."""
 
-    def forward(self, features, reference=None, labels=None, student=None):
-        self.seen = features, reference
-        return super().forward(features, reference, labels, student)
+    def forward(self, game, side=None):
+        SEEN[:] = [game.student.detach(), game.teacher]
+        return super().forward(game, side)
 
 
 class Indifferent(nn.Module):
@@ -22,8 +23,11 @@ class Indifferent(nn.Module):
 
     def forward(self, features: Tensor, **keywords: Tensor) -> Tensor:
         assert set(keywords) == {"reference", "labels"}
-        self.seen = features
+        SEEN[:] = [features]
         return features.sum(-1)
+
+
+SEEN: list = []
 
 
 def make(limit, discriminator=None):
@@ -42,8 +46,7 @@ def test_at_most_so_many_of_each_cloud_and_each_once(counts):
     fad = make(8)
     student, teacher = torch.randn(2, counts[0], 3), torch.randn(2, counts[1], 3)
     fad(student.requires_grad_(), teacher).backward()
-    # The last call scores the real points.
-    real, _ = fad.discriminator.seen
+    real = SEEN[1].features
     assert real.shape == (2, min(8, counts[1]), 3)
     assert len(rows(real)) == real.shape[0] * real.shape[1]
     for drawn, cloud in zip(real, teacher, strict=True):
@@ -58,11 +61,11 @@ def test_another_choice_at_every_step_and_all_in_evaluation():
     choices = []
     for _ in range(4):
         fad(student, teacher)
-        choices.append(frozenset(rows(fad.discriminator.seen[0])))
+        choices.append(frozenset(rows(SEEN[0].features)))
     assert len(set(choices)) > 1
     fad.eval()
     fad(student, teacher)
-    assert fad.discriminator.seen[0].shape == (1, 20, 3)
+    assert SEEN[0].features.shape == (1, 20, 3)
 
 
 def test_the_same_points_of_equal_clouds():
@@ -70,35 +73,60 @@ def test_the_same_points_of_equal_clouds():
     fad = make(8)
     cloud = torch.randn(2, 20, 3)
     fad.student_loss(cloud.clone(), cloud)
-    assert torch.equal(*fad.discriminator.seen)
+    assert torch.equal(*(points.features for points in SEEN))
 
 
-def test_small_clouds_ragged_clouds_and_none_are_compared_whole():
+def test_small_clouds_and_none_are_compared_whole():
     cloud = torch.randn(2, 20, 3)
     state = torch.get_rng_state()
-    for limit, shown in (
-        (20, cloud),
-        (None, cloud),
-        (8, ragged(cloud.flatten(0, 1), lengths=[5, 35])),
-    ):
-        fad = make(limit)
-        fad(shown, shown)
-        seen, _ = fad.discriminator.seen
-        packed = seen.values() if seen.is_nested else seen
-        assert packed.numel() == cloud.numel()
+    for limit in (20, None):
+        make(limit)(cloud, cloud)
+        assert SEEN[0].features.shape == cloud.shape
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_discriminators_that_look_at_single_points_see_all():
+@pytest.mark.parametrize("masked", [False, True])
+def test_uneven_clouds_are_drawn_and_smaller_ones_whole(masked):
+    cloud = torch.randn(40, 3)
+    if masked:
+        counted = torch.arange(35) < torch.tensor([[5], [35]])
+        shown = torch.full((2, 35, 3), torch.nan)
+        shown[counted] = cloud
+        make(8)(shown, shown, mask=counted)
+    else:
+        shown = ragged(cloud, lengths=[5, 35])
+        make(8)(shown, shown)
+    student, teacher = SEEN
+    assert student.mask.sum(1).tolist() == [5, 8]
+    assert torch.equal(student.features, teacher.features)
+    first, second = (rows(f[None]) for f in student.features)
+    assert first - {(0.0, 0.0, 0.0)} == rows(cloud[None, :5])
+    assert second <= rows(cloud[None, 5:])
+    assert len(second) == 8
+
+
+def test_every_point_is_as_likely_as_any_other():
+    points = Points.of(torch.arange(7.0).reshape(1, 7, 1).expand(20_000, 7, 1))
+    generator = torch.Generator().manual_seed(0)
+    drawn = points.draw(3, torch.rand(20_000, 4, generator=generator)).features.long()
+    assert (drawn.flatten(1).sort(1).values.diff() > 0).all()  # no point twice
+    share = torch.bincount(drawn.flatten(), minlength=7) / 20_000
+    torch.testing.assert_close(share, torch.full((7,), 3 / 7), rtol=0, atol=0.015)
+
+
+def test_discriminators_that_look_at_single_points_see_all_unless_told():
+    fad = make("auto", Indifferent())
+    fad(torch.randn(2, 20, 3), torch.randn(2, 20, 3), torch.zeros(2, dtype=torch.int64))
+    assert SEEN[0].shape == (2, 20, 3)
     fad = make(8, Indifferent())
     fad(torch.randn(2, 20, 3), torch.randn(2, 20, 3), torch.zeros(2, dtype=torch.int64))
-    assert fad.discriminator.seen.shape == (2, 20, 3)
+    assert SEEN[0].shape == (2, 8, 3)
 
 
 def test_global_features_are_compared_whole():
     fad = make(8)
     fad(torch.randn(20, 3), torch.randn(20, 3))
-    assert fad.discriminator.seen[0].shape == (1, 20, 3)
+    assert SEEN[0].features.shape == (1, 20, 3)
 
 
 def test_without_a_limit_the_discriminators_own_is_taken():

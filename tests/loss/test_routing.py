@@ -41,11 +41,13 @@ def test_each_player_gets_the_gradient_of_its_own_loss(name, layout, objective):
     student, teacher, labels = features(layout)
     before = student.detach().clone()
 
+    torch.manual_seed(5)  # of ragged clouds, the order of the points is drawn
     loss = fad(clouds(student, layout), teacher, labels)
     loss.backward()
     together, got = student.grad.clone(), gradients(fad)
 
     student.grad = None
+    torch.manual_seed(5)
     of_student = alone.student_loss(clouds(student, layout), teacher, labels)
     of_student.backward()
     expected = gradients(alone)
@@ -54,6 +56,7 @@ def test_each_player_gets_the_gradient_of_its_own_loss(name, layout, objective):
     assert student.grad.abs().sum() > 0
 
     student.grad = None
+    torch.manual_seed(5)
     of_discriminator = other.discriminator_loss(clouds(student, layout), teacher, labels)
     if name in LEARNING:
         of_discriminator.backward()
@@ -66,7 +69,9 @@ def test_each_player_gets_the_gradient_of_its_own_loss(name, layout, objective):
         assert not of_discriminator.requires_grad
     assert student.grad is None
     equal(got, expected)
-    torch.testing.assert_close(loss, of_student + of_discriminator, rtol=1e-14, atol=0)
+    # What nobody learns from is no part of the value.
+    both = of_student + of_discriminator if name in LEARNING else of_student
+    torch.testing.assert_close(loss, both, rtol=1e-14, atol=0)
     assert loss.shape == ()
     assert torch.equal(student, before)
 
@@ -86,18 +91,20 @@ def test_not_the_last_layer(name):
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
-def test_weight_scales_the_student_alone(name):
+def test_the_weight_is_of_the_students_gradient_alone(name):
     layout = "N == M"
     plain, heavy = make(name), make(name, weight=3.0)
     student, teacher, labels = features(layout)
-    plain(student, teacher, labels).backward()
+    value = plain(student, teacher, labels)
+    value.backward()
     single, student.grad = student.grad, None
-    heavy(student, teacher, labels).backward()
+    heavier = heavy(student, teacher, labels)
+    heavier.backward()
+    assert torch.equal(heavier, value)
     torch.testing.assert_close(student.grad, 3 * single)
     expected, got = gradients(plain), gradients(heavy)
     for key, value in expected.items():
-        factor = 3 if key.startswith("adapter") else 1
-        torch.testing.assert_close(got[key], factor * value)
+        torch.testing.assert_close(got[key], value)
 
 
 @pytest.mark.parametrize("name", DISCRIMINATORS)
@@ -150,7 +157,6 @@ def test_evaluation_is_the_students_term_alone_and_changes_nothing(name, how):
     assert torch.equal(got, expected)
     assert torch.equal(got, again)
     after = fad.state_dict()
-    assert after.pop("_extra_state") == state.pop("_extra_state")
     equal(after, state)
 
 

@@ -96,7 +96,9 @@ def test_training_goes_on_the_same(name, way):
 def test_state_is_complete_and_the_teacher_is_not_in_it(name):
     fad = make(name)
     keys = set(fad.state_dict())
-    assert {"steps", "batches", "teacher_mean", "teacher_variance", "average_scores"} <= keys
+    assert {"state", "steps", "average_scores", "penalty_step"} <= keys
+    assert {"student_units.mean", "teacher_units.variance", "teacher_units.batches"} <= keys
+    assert all(isinstance(value, torch.Tensor) for value in fad.state_dict().values())
     if "head" in name:
         assert not any(k.startswith("discriminator") for k in keys)
     make(name).load_state_dict(fad.state_dict(), strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, capture_features, distances, ragged
+from fad_loss.discriminators import Points
 
 from .cases import DISCRIMINATORS, LEARNING, features, gradients, make
 
@@ -22,6 +23,15 @@ GAMES = {
     "neighborhood": {"discriminator": "neighborhood"},
     "cloud": {"discriminator": "cloud", "objective": "relativistic"},
 }
+
+
+def arrived(fad, student):
+    """The student's features in the teacher's units."""
+    fad.eval()
+    units = fad.student_units(Points.of(student)).features
+    result = fad.teacher_units.restore(fad.adapter(units))
+    fad.train()
+    return result
 
 
 @pytest.mark.parametrize("game", GAMES)
@@ -37,8 +47,9 @@ def test_a_student_learns_the_teacher_s_set(game):
 
     def distance():
         with torch.no_grad():
-            return distances.energy(fad.adapter(student(clouds[:, :32])), teacher)
+            return distances.energy(arrived(fad, student(clouds[:, :32])), teacher)
 
+    fad(student(clouds[:, :32]), teacher)  # statistics
     start = distance()
     rates = [
         {"params": [*student.parameters(), *fad.adapter.parameters()], "lr": 0.02},

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fad_loss._checks import check_tensor
-from fad_loss._errors import choose, describe
-from fad_loss._ragged import cloud_mean, is_ragged, pack
-from fad_loss.discriminators._layers import class_index, cloud_max, packed, repacked
+from fad_loss._errors import choose, describe, expected
+from fad_loss._game import Game, Side
+from fad_loss._points import Points
+from fad_loss.discriminators.base import Discriminator, at_least_float32
+from fad_loss.discriminators.learned.layers import class_index
 
-_POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {"max": cloud_max, "mean": cloud_mean}
+_POOLS: Mapping[str, Callable[[Points, Tensor], Tensor]] = {"max": Points.max, "mean": Points.mean}
 _TARGETS = {"teacher": True, "labels": False}
 _LAYOUTS = {"bnc": False, "bcn": True}
+# Variances of levels forget with this rate, and count as at least this share of the mean one.
+_MOMENTUM = 0.01
+_FLOOR = 0.01
 
 
-class HeadDiscriminator(nn.Module):
+class HeadDiscriminator(Discriminator):
     r"""The teacher's own layers, frozen, say what they make of the features.
 
     The part of the teacher that follows the distilled layer, its classifier say, turns features
@@ -43,7 +48,15 @@ class HeadDiscriminator(nn.Module):
     changed nor watched.
 
     **The features' scale.** The head was trained on the teacher's features as they are, not on
-    standardised ones: use ``FeatureAdversarialLoss(..., normalize=False)``.
+    standardised ones: the loss hands them to it in the teacher's own units.
+
+    **Levels.** The score can also compare what named layers of the head put out on the way,
+
+    .. math::
+        D(z) \mathrel{-}= \sum_l \operatorname{mean}_c
+        \frac{\big(h_l(z) - h_l(r)\big)_c^2}{\sigma_{lc}^2}
+
+    in units of the running variance of what they put out for the teacher.
 
     Args:
         head: a module from features to logits over classes.
@@ -56,18 +69,19 @@ class HeadDiscriminator(nn.Module):
         layout: the layout that a head without pooling takes: ``"bnc"`` for linear layers, which
             get rows ``(..., C)``; ``"bcn"`` for one-dimensional convolutions of kernel size 1.
         temperature: divides the logits.
+        levels: paths of layers of the head whose outputs are compared too, "0" or "1.norm", say;
+            for ``target="teacher"``. The empty path is what comes into the head.
 
     Shape:
-        - features: ``(B, N, C)`` or ragged ``(B, j, C)``
-        - reference: the teacher's features of the same clouds, for ``target="teacher"``
-        - labels: for ``target="labels"``, ``(B,)``; without pooling also per point, ``(B, N)`` or
-          ragged; of unknown (negative) ones the score is 0
-        - output: ``(B,)`` with pooling; ``(B, N)`` or ragged ``(B, j)`` without
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged ``(B, j, C)``
+        - its labels: for ``target="labels"``, ``(B,)``; without pooling also per point, ``(B, N)``
+          or ragged; of unknown (negative) ones the score is 0
+        - scores: ``(B,)`` with pooling; ``(B, N)`` or ragged ``(B, j)`` without
 
     Raises:
         TypeError: `head` is no module, or TorchScript.
         ValueError: unknown options, a head that returns something other than one row of logits per
-            feature, a reference or labels that are missing or do not fit.
+            feature, levels that it does not have, or labels that are missing or do not fit.
 
     Source: ours. Chen et al., "Knowledge distillation with the reused teacher classifier", CVPR
     2022, give the student the teacher's classifier for good; here it judges in training only.
@@ -76,20 +90,16 @@ class HeadDiscriminator(nn.Module):
         >>> classifier = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10))
         >>> discriminator = HeadDiscriminator(classifier)
         >>> student, teacher = torch.randn(2, 100, 16), torch.randn(2, 128, 16)
-        >>> discriminator(student, reference=teacher).shape
-        torch.Size([2])
-        >>> discriminator(teacher, reference=teacher)
-        tensor([0., 0.])
+        >>> scores = discriminator(Game.of(student, teacher))
+        >>> scores.student.shape, scores.teacher
+        (torch.Size([2]), tensor([0., 0.]))
         >>> list(discriminator.parameters())
         []
     """
 
-    standardized: ClassVar[bool] = False
-    """Whether features should be standardised before they come here."""
+    standardized = False
 
-    default_weight: ClassVar[float] = 3.0
-    """The best one beside ``"paired"``, of 0.3, 3 and 30, in
-    ``examples/study/results/report.md``."""
+    default_weight = 0.3
 
     def __init__(
         self,
@@ -99,14 +109,15 @@ class HeadDiscriminator(nn.Module):
         target: str = "teacher",
         layout: str = "bnc",
         temperature: float = 1.0,
+        levels: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._pool = None if pool is None else choose("pool", pool, _POOLS)
         self._to_teacher = choose("target", target, _TARGETS)
         self._points_last = choose("layout", layout, _LAYOUTS)
-        if not 0 < temperature < float("inf"):
-            message = f"temperature: expected a positive number, got {temperature!r}"
-            raise ValueError(message)
+        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        if not number or not 0 < temperature < float("inf"):
+            raise expected("temperature", "a positive number", repr(temperature))
         if pool is not None and self._points_last:
             message = (
                 "layout: 'bcn' is for a head that takes points, pool=None; the pooled feature is "
@@ -119,6 +130,18 @@ class HeadDiscriminator(nn.Module):
         _check_head(head)
         self.head = _frozen_copy(head)
         self.head.eval()
+        self.corresponding = pool is None and target == "teacher"
+        self.levels = _checked_levels(levels, self.head, self._to_teacher)
+        for path in self.levels:
+            if path:
+                _replace(self.head, path, _Level(self.head.get_submodule(path)))
+        if self.levels:
+            self.register_buffer("level_batches", torch.zeros((), dtype=torch.int64))
+        for number in range(len(self.levels)):
+            # Its width is seen at the first batch.
+            self.register_buffer(f"level_variance_{number}", torch.zeros(0))
+
+    level_batches: Tensor
 
     def extra_repr(self) -> str:
         """What the options are."""
@@ -130,69 +153,106 @@ class HeadDiscriminator(nn.Module):
         self.head.eval()
         return self
 
-    def forward(
-        self, features: Tensor, reference: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    def score(self, game: Game, side: Side) -> Tensor:
         """Score every cloud (or point): high if the teacher's head takes it for the right one."""
-        _check_points("features", features)
-        opinion = self._opinion("features", features)
+        points = game.points(side)
+        opinion, levels = self._opinion(side, points)
         if self._to_teacher:
-            wanted = self._wanted(features, reference)
+            self._check_pairs(game)
+            with torch.no_grad():
+                wanted, known = self._opinion("teacher", game.teacher.detach())
             # A class that the head rules out (a logit of -inf) weighs nothing, and is no 0 * inf.
             difference = (opinion - wanted).masked_fill(wanted == -torch.inf, 0)
             scores = (wanted.exp() * difference).sum(-1)
+            variances = self._variances(known, game.teacher)
+            for mine, its, variance in zip(levels, known, variances, strict=True):
+                scores = scores - ((mine - its).square() / variance).mean(-1)
         else:
-            scores = self._log_probability(opinion, features, labels)
-        return scores if self._pool is not None else repacked(scores, features)
+            scores = self._log_probability(opinion, points, game.labels)
+        return scores if self._pool is not None else points.like(scores)
 
-    def _opinion(self, name: str, features: Tensor) -> Tensor:
-        """The head's log-probabilities, ``(B, K)`` or those of the packed points."""
-        inputs = packed(features) if self._pool is None else self._pool(features)
+    @torch.no_grad()
+    def observe(self, game: Game) -> None:
+        """Follow the variance of what the levels put out for the teacher."""
+        if not self.levels:
+            return
+        _, known = self._opinion("teacher", game.teacher.detach())
+        self.level_batches.add_(1)
+        rate = (1 / self.level_batches).clamp(min=_MOMENTUM)
+        for number, latest in enumerate(self._batch_variances(known, game.teacher)):
+            name = f"level_variance_{number}"
+            running = getattr(self, name)
+            running = (
+                latest if running.numel() == 0 else torch.lerp(running, latest, rate.to(latest))
+            )
+            setattr(self, name, running)
+
+    def _variances(self, known: list[Tensor], teacher: Points) -> list[Tensor]:
+        """Of each level, per channel: the running one; before there is one, the batch's."""
+        running = [getattr(self, f"level_variance_{n}") for n in range(len(self.levels))]
+        if any(v.numel() == 0 for v in running):
+            running = self._batch_variances(known, teacher)
+        # A unit that is dead or hardly varies must not outweigh all others.
+        floors = [_FLOOR * v.mean() for v in running]
+        return [torch.where(f > 0, v + f, 1.0) for v, f in zip(running, floors, strict=True)]
+
+    def _batch_variances(self, known: list[Tensor], teacher: Points) -> list[Tensor]:
+        variances = []
+        for level in known:
+            rows = level.flatten(0, -2)
+            if self._pool is None and teacher.mask is not None:
+                counted = teacher.mask.flatten().unsqueeze(1)
+                count = counted.sum().clamp_min(1)
+                mean = torch.where(counted, rows, 0).sum(0) / count
+                variances.append(torch.where(counted, (rows - mean).square(), 0).sum(0) / count)
+            else:
+                variances.append((rows - rows.mean(0)).square().mean(0))
+        return variances
+
+    def _opinion(self, name: str, points: Points) -> tuple[Tensor, list[Tensor]]:
+        """The head's log-probabilities, ``(B, K)`` or per point, and what the levels put out."""
+        features = points.features
+        inputs = features if self._pool is None else self._pool(points, features)
         rows = inputs.flatten(0, -2)
-        if self._points_last:
-            logits = self.head(rows.T.unsqueeze(0))
-            fits = logits.dim() == 3 and logits.shape[::2] == (1, rows.shape[0])
-            logits = logits.squeeze(0).mT if fits else logits
-        else:
-            logits = self.head(rows)
-            fits = logits.dim() == 2 and logits.shape[0] == rows.shape[0]
-        if not fits:
-            message = (
-                f"head: expected one row of logits for each of the {rows.shape[0]} rows of {name}, "
-                f"got {describe(logits)}"
-            )
-            raise ValueError(message)
+        logits = self.head(rows.T.unsqueeze(0) if self._points_last else rows)
+        logits = self._as_rows(f"of {name}", logits, rows)
+        levels = []
+        for path in self.levels:
+            if path:
+                level = self.head.get_submodule(path)
+                seen = self._as_rows(f"of level {path!r}", level.seen, rows)
+                level.seen = None  # type: ignore[assignment]
+            else:
+                seen = rows
+            levels.append(at_least_float32(seen).reshape(*inputs.shape[:-1], seen.shape[-1]))
         # Log-probabilities of half-precision logits lose what the score is about.
-        half = logits.dtype in {torch.float16, torch.bfloat16}
-        logits = logits.float() if half else logits
-        opinion: Tensor = (logits / self.temperature).log_softmax(-1)
-        return opinion.reshape(*inputs.shape[:-1], opinion.shape[-1])
+        opinion = (at_least_float32(logits) / self.temperature).log_softmax(-1)
+        return opinion.reshape(*inputs.shape[:-1], opinion.shape[-1]), levels
 
-    def _wanted(self, features: Tensor, reference: Tensor | None) -> Tensor:
-        """The head's log-probabilities for the teacher's features."""
-        if reference is None:
+    def _as_rows(self, what: str, outputs: object, rows: Tensor) -> Tensor:
+        """One row for each of the `rows` that went in."""
+        if isinstance(outputs, Tensor):
+            if self._points_last and outputs.dim() == 3 and outputs.shape[::2] == (1, len(rows)):
+                return outputs.squeeze(0).mT
+            if not self._points_last and outputs.dim() == 2 and len(outputs) == len(rows):
+                return outputs
+        raise expected(
+            "head", f"one row of logits for each of the {len(rows)} rows {what}", outputs
+        )
+
+    def _check_pairs(self, game: Game) -> None:
+        if (
+            self._pool is None
+            and game.student.features.shape[:-1] != game.teacher.features.shape[:-1]
+        ):
             message = (
-                "reference: with target='teacher' the teacher's features of the same clouds are "
-                "needed, got None; pass reference=teacher_features, or use target='labels'"
+                "reference: expected the teacher's features of the same clouds and points "
+                f"(pool=None) as features, got {describe(game.teacher.tensor())} for "
+                f"{describe(game.student.tensor())}"
             )
             raise ValueError(message)
-        _check_points("reference", reference)
-        fits = reference.shape[0] == features.shape[0]
-        if self._pool is None:
-            fits = fits and (
-                is_ragged(reference) == is_ragged(features)
-                and packed(reference).shape[:-1] == packed(features).shape[:-1]
-            )
-        if not fits:
-            what = "clouds" if self._pool is not None else "clouds and points (pool=None)"
-            message = (
-                f"reference: expected the teacher's features of the same {what} as features, got "
-                f"{describe(reference)} for {describe(features)}"
-            )
-            raise ValueError(message)
-        return self._opinion("reference", reference.detach()).detach()
 
-    def _log_probability(self, opinion: Tensor, features: Tensor, labels: Tensor | None) -> Tensor:
+    def _log_probability(self, opinion: Tensor, points: Points, labels: Tensor | None) -> Tensor:
         if labels is None:
             message = (
                 "labels: with target='labels' the class of every cloud is needed, (B,) integers, "
@@ -200,18 +260,10 @@ class HeadDiscriminator(nn.Module):
             )
             raise ValueError(message)
         index = class_index(
-            labels, features, opinion.shape[-1], per_cloud=self._pool is not None
+            labels, points, opinion.shape[-1], per_cloud=self._pool is not None
         ).expand(opinion.shape[:-1])
         chosen = opinion.gather(-1, index.clamp_min(0).long().unsqueeze(-1)).squeeze(-1)
         return torch.where(index >= 0, chosen, 0.0)
-
-
-def _check_points(name: str, features: Tensor) -> None:
-    check_tensor(name, features)
-    rank = pack(features)[0].dim() + 1 if is_ragged(features) else features.dim()
-    if rank != 3:
-        message = f"{name}: expected (B, N, C) or a ragged cloud, got {describe(features)}"
-        raise ValueError(message)
 
 
 def _check_head(head: object) -> None:
@@ -237,3 +289,39 @@ def _frozen_copy(head: nn.Module) -> nn.Module:
             module.register_buffer(name, tensor, persistent=False)
         module._non_persistent_buffers_set.update(module._buffers)
     return frozen
+
+
+class _Level(nn.Module):
+    """A layer that remembers what it put out last."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.seen: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.seen = self.layer(*args, **kwargs)
+        return self.seen
+
+
+def _replace(module: nn.Module, path: str, by: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, by)
+
+
+def _checked_levels(levels: object, head: nn.Module, to_teacher: bool) -> tuple[str, ...]:
+    if not isinstance(levels, (tuple, list)) or not all(isinstance(p, str) for p in levels):
+        raise expected(
+            "levels", "a sequence of paths of layers of the head", levels, error=TypeError
+        )
+    if levels and not to_teacher:
+        raise expected("levels", "none with target='labels', which knows no teacher", repr(levels))
+    known = [name for name, _ in head.named_modules()]
+    for path in levels:
+        if path not in known:
+            near = get_close_matches(path, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else ""
+            raise expected(
+                "levels", f"layers of the head, {', '.join(map(repr, known))}", repr(path), remedy
+            )
+    return tuple(levels)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fad_loss import ops
 from fad_loss._errors import choose, describe
-from fad_loss._ragged import is_ragged
-from fad_loss.discriminators._layers import check_features, check_reference, check_width, pooled
+from fad_loss._game import Game, Side
+from fad_loss._points import Points
+from fad_loss.discriminators.base import Discriminator
+from fad_loss.discriminators.learned.layers import check_channels, check_width, pooled
 
 _DISTANCES = {name: name for name in ("pooled", "energy", "chamfer")}
 # The temperature's logarithm stays within these: outside, probabilities are all 0 or 1, or equal.
 _COLDEST, _WARMEST = math.log(1e-3), math.log(1e2)
 
 
-class MatchDiscriminator(nn.Module):
+class MatchDiscriminator(Discriminator):
     r"""One score per cloud: how surely it is recognised as its own among the teacher's clouds.
 
     .. math::
@@ -47,13 +48,12 @@ class MatchDiscriminator(nn.Module):
             the state dict.
 
     Shape:
-        - features: ``(B, N, C)``, or ragged ``(B, j, C)`` for "pooled"
-        - reference: the teacher's features of the same clouds, ``(B, M, C)`` or ragged likewise
-        - output: ``(B,)``, at most 0
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged or masked ones for "pooled"
+        - scores: ``(B,)``, at most 0
 
     Raises:
         ValueError: an unknown distance, a temperature that is not positive, a queue with another
-            distance than "pooled", a wrong shape, no reference, or a single cloud without a queue.
+            distance than "pooled", a wrong number of channels, or a single cloud without a queue.
 
     Cost:
         "pooled": O(B^2 C). The others compare all B^2 pairs of sets, B calls of
@@ -70,17 +70,14 @@ class MatchDiscriminator(nn.Module):
     Example:
         >>> discriminator = MatchDiscriminator(16)
         >>> teacher = torch.randn(4, 100, 16) + 3 * torch.randn(4, 1, 16)
-        >>> near = discriminator(teacher + 0.1, reference=teacher)
-        >>> wrong = discriminator(teacher.roll(1, 0), reference=teacher)
+        >>> near = discriminator(Game.of(teacher + 0.1, teacher), "student")
+        >>> wrong = discriminator(Game.of(teacher.roll(1, 0), teacher), "student")
         >>> bool((near > wrong).all())
         True
     """
 
-    default_weight: ClassVar[float] = 0.3
+    default_weight = 0.3
     """The best weight in ``examples/study/results/report.md``."""
-
-    compares_clouds: ClassVar[bool] = True
-    """Scores depend on the other clouds, so the loss does not join real and fake ones."""
 
     past: Tensor
     filled: Tensor
@@ -111,74 +108,59 @@ class MatchDiscriminator(nn.Module):
             )
             raise ValueError(message)
         self.queue, self.backend = queue, backend
+        # The others compare all pairs of points.
+        self.default_max_points = None if distance == "pooled" else 64
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.register_buffer("past", torch.zeros(queue, 2 * channels))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def default_max_points(self) -> int | None:
-        """64 where all pairs of points are compared, None where none are."""
-        return None if self.distance == "pooled" else 64
 
     def extra_repr(self) -> str:
         """Shown by ``print(discriminator)``."""
         return f"distance={self.distance!r}, queue={self.queue}"
 
-    def forward(
-        self,
-        features: Tensor,
-        reference: Tensor | None = None,
-        labels: Tensor | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """Score every cloud: the log-probability of being recognised as its own.
-
-        Args:
-            features: the clouds to score, the student's or the teacher's own.
-            reference: the teacher's features of the same clouds, in the same order.
-            labels: not used; every discriminator accepts them.
-        """
-        known = self._checked(features, reference).detach()
+    def score(self, game: Game, side: Side) -> Tensor:
+        """Score every cloud: the log-probability of being recognised as its own."""
+        self._check(game)
+        points, known = game.points(side), game.teacher.detach()
         if self.distance == "pooled":
-            distance = self._pooled(features, known)
+            distance = self._pooled(points, known)
         else:
             compare = self._energy if self.distance == "energy" else self._chamfer
-            distance = compare(features, known)
+            distance = compare(points.features, known.features)
         temperature = self.log_temperature.clamp(_COLDEST, _WARMEST).exp()
         logits = -distance / temperature
         if self.queue:
             # The part of the queue that is still empty.
             place = torch.arange(distance.shape[-1], device=distance.device)
-            logits = logits.masked_fill(place >= len(known) + self.filled, -torch.inf)
-        # After the real clouds were scored, which would otherwise meet themselves.
-        if self.queue and self.training and torch.is_grad_enabled() and features is not reference:
-            self._remember(known)
+            logits = logits.masked_fill(place >= known.batch + self.filled, -torch.inf)
         return logits.log_softmax(-1).diagonal()
 
-    def _checked(self, features: Tensor, reference: Tensor | None) -> Tensor:
-        check_features("features", features, self.channels)
-        if reference is None:
-            message = (
-                "reference: MatchDiscriminator needs the teacher's features of the same clouds; "
-                "call discriminator(features, reference=teacher_features)"
-            )
-            raise ValueError(message)
-        check_reference(reference, features, self.channels)
-        if features.shape[0] < 2 and not self.queue:
+    @torch.no_grad()
+    def observe(self, game: Game) -> None:
+        """Put the teacher's clouds into the queue, once both sides were scored without them."""
+        if self.queue:
+            known = pooled(game.teacher).to(self.past.dtype)
+            self.past.copy_(torch.cat([known, self.past])[: self.queue])
+            self.filled.copy_((self.filled + len(known)).clamp_max(self.queue))
+
+    def _check(self, game: Game) -> None:
+        check_channels(game, self.channels)
+        if game.teacher.batch < 2 and not self.queue:
             message = (
                 "features: MatchDiscriminator recognises a cloud among others, and needs at least "
-                f"2 clouds in a batch or queue= at least 1, got {describe(features)}; pass global "
-                "features as (B, 1, C)"
+                f"2 clouds in a batch or queue= at least 1, got {describe(game.student.tensor())}; "
+                "pass global features as (B, 1, C)"
             )
             raise ValueError(message)
-        if self.distance != "pooled" and (is_ragged(features) or is_ragged(reference)):
+        if self.distance != "pooled" and (game.student.uneven or game.teacher.uneven):
             message = (
                 f"features: distance={self.distance!r} expects clouds of equal size, (B, N, C), "
-                f'got {describe(features)}; ragged ones can use distance="pooled"'
+                f"got {describe(game.student.tensor())}; ragged and masked ones can use "
+                'distance="pooled"'
             )
             raise ValueError(message)
-        return reference
 
-    def _pooled(self, features: Tensor, reference: Tensor) -> Tensor:
+    def _pooled(self, features: Points, reference: Points) -> Tensor:
         """Squared distances of pooled features to those of the teacher, (B, B + queue)."""
         own, known = pooled(features), pooled(reference)
         own, known = own.to(self.past.dtype), known.to(self.past.dtype)
@@ -190,12 +172,6 @@ class MatchDiscriminator(nn.Module):
         distance = own.square().sum(-1, keepdim=True) + others.square().sum(-1)
         distance = (distance - 2 * own @ others.mT).clamp_min(0)
         return distance / torch.where(unit > 0, unit, 1.0)
-
-    @torch.no_grad()
-    def _remember(self, reference: Tensor) -> None:
-        known = pooled(reference).to(self.past.dtype)
-        self.past.copy_(torch.cat([known, self.past])[: self.queue])
-        self.filled.copy_((self.filled + len(known)).clamp_max(self.queue))
 
     def _energy(self, features: Tensor, reference: Tensor) -> Tensor:
         within = self._mean_kernel(reference, reference)

@@ -1,4 +1,4 @@
-"""Layouts, ragged clouds, and taking features out of models."""
+"""Taking features out of models."""
 
 from __future__ import annotations
 
@@ -6,161 +6,14 @@ import copy
 import gc
 import pickle
 import re
-import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fad_loss import _checks
-from fad_loss._points import as_points
 from fad_loss.capture import CapturedFeatures, capture_features
-from fad_loss.ragged import ragged
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_layouts_become_points_without_a_copy(dtype):
-    x = torch.arange(24).reshape(2, 3, 4).to(dtype)
-    assert as_points(x) is x
-    channels_first = as_points(x, "bcn")
-    assert torch.equal(channels_first, x.mT)
-    assert channels_first.data_ptr() == x.data_ptr()
-    for layout in ("bnc", "bcn"):
-        flat = as_points(x[0], layout)
-        assert torch.equal(flat, x[:1])
-
-
-def test_ragged_clouds_pass_through():
-    x = ragged(torch.ones(3, 2), lengths=[1, 2])
-    assert as_points(x, "bcn") is x
-
-
-@pytest.mark.parametrize(
-    "features, layout, error, message",
-    [
-        (torch.zeros(4), "bnc", ValueError, r"student: expected \(B, N, C\).*shape \(4\)"),
-        (torch.zeros(4, 3, 2, 1), "bcn", ValueError, r"\(B, C, N\).*\(4, 3, 2, 1\).*flatten"),
-        (torch.zeros(0, 3, 2), "bnc", ValueError, r"at least one cloud.*\(0, 3, 2\)"),
-        (torch.zeros(2, 0, 2), "bnc", ValueError, r"one point.*\(2, 0, 2\)"),
-        (torch.zeros(2, 3, 0), "bnc", ValueError, r"one channel.*\(2, 3, 0\)"),
-        (torch.zeros(0, 3), "bnc", ValueError, r"\(0, 3\)"),
-        (torch.zeros(2, 3, 4), "nbc", ValueError, "layout: expected one of 'bnc', 'bcn'"),
-        (torch.zeros(2, 3, 4).long(), "bnc", TypeError, r"student: expected float32.*int64"),
-        ([[1.0]], "bnc", TypeError, r"student: expected a torch.Tensor, got list"),
-        (ragged(torch.zeros(3), lengths=[3]), "bnc", ValueError, r"ragged cloud \(B, j, C\)"),
-        (ragged(torch.zeros(0, 2), lengths=[0]), "bnc", ValueError, r"\(0, 2\)"),
-        (ragged(torch.zeros(3, 2), lengths=[3]).transpose(1, 2), "bnc", ValueError, "fad_loss.rag"),
-    ],
-)
-def test_bad_features(features, layout, error, message):
-    with pytest.raises(error, match=message):
-        as_points(features, layout, "student")
-
-
-@given(
-    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
-    as_list=st.booleans(),
-    dtype=st.sampled_from([torch.int32, torch.int64]),
-)
-@settings(max_examples=40, deadline=None)
-def test_ragged_from_lengths_offset_and_batch_agree(lengths, as_list, dtype):
-    total = sum(lengths)
-    values = torch.randn(total, 3, dtype=torch.float64, requires_grad=True)
-    expected = values.split(lengths)
-
-    def given_as(numbers: list[int]) -> Any:
-        return numbers if as_list else torch.tensor(numbers, dtype=dtype)
-
-    ways: list[dict[str, Any]] = [{"lengths": given_as(lengths)}]
-    if lengths[0] or not total:
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        ways.append({"offset": given_as(ends)})
-    if total:
-        batch = [cloud for cloud, length in enumerate(lengths) for _ in range(length)]
-        ways.append({"batch": given_as(batch), "batch_size": len(lengths)})
-        if lengths[-1]:
-            ways.append({"batch": given_as(batch)})
-    for way in ways:
-        cloud = ragged(values, **way)
-        assert cloud.layout == torch.jagged
-        assert cloud.shape[0] == len(lengths)
-        parts = cloud.offsets().diff().tolist()
-        assert parts == lengths
-        assert torch.equal(cloud.values(), values)
-        for part, whole in zip(cloud.values().split(parts), expected, strict=True):
-            assert torch.equal(part, whole)
-
-
-def test_ragged_is_differentiable():
-    def cubes(values: Tensor) -> Tensor:
-        from fad_loss._ragged import cloud_sum, pointwise
-
-        cloud = ragged(values, offset=[2, 5])
-        return cloud_sum(pointwise(lambda z: z**3, cloud))
-
-    values = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(cubes, values)
-    assert torch.autograd.gradgradcheck(cubes, values)
-
-
-V = torch.zeros(6, 2)
-
-
-@pytest.mark.parametrize(
-    "values, kwargs, error, message",
-    [
-        (V, {}, ValueError, "exactly one of batch, offset and lengths, got none of them"),
-        (V, {"batch": [0] * 6, "offset": [6]}, ValueError, "got batch and offset"),
-        (V, {"offset": [0, 2, 6]}, ValueError, r"without a leading zero.*offset\[1:\]"),
-        (V, {"offset": [2, 5]}, ValueError, r"number of points, 6.*got 5 \(\[2, 5\]\)"),
-        (V, {"offset": [4, 2]}, ValueError, r"ascending ends.*\[4, 2\].*lengths="),
-        (V, {"lengths": [2, 2]}, ValueError, r"sum of 6 as values has rows, got 4 \(\[2, 2\]\)"),
-        (V, {"lengths": [7, -1]}, ValueError, r"no negative length, got \[7, -1\]"),
-        (V, {"lengths": [1] * 9}, ValueError, r"got 9 \(\[1, 1, 1, 1, 1, 1, 1, 1, \.\.\.\]\)"),
-        (V, {"lengths": []}, ValueError, "at least one cloud, got an empty lengths"),
-        (V, {"batch": [0, 0, 1]}, ValueError, "6 as values has rows, got 3"),
-        (V, {"batch": [0, 0, 2, 1, 1, 1]}, ValueError, "got 1 after 2 at position 3; sort first"),
-        (V, {"batch": [-1, 0, 0, 0, 0, 0]}, ValueError, "from 0 to 0 for 1 clouds, got -1 to 0"),
-        (V, {"batch": [0, 0, 0, 0, 3, 3], "batch_size": 3}, ValueError, "got 0 to 3"),
-        (V, {"batch": [0] * 6, "batch_size": 0}, ValueError, "batch_size: expected at least 1"),
-        (V, {"batch": [0] * 6, "batch_size": 1.0}, TypeError, "batch_size: expected an int, got f"),
-        (V, {"lengths": [6], "batch_size": 1}, ValueError, "batch_size: only goes with batch"),
-        (V, {"lengths": torch.tensor([6.0])}, TypeError, "lengths: expected integers, got float32"),
-        (V, {"lengths": torch.tensor([[6]])}, ValueError, r"one dimension, got int64.*\(1, 1\)"),
-        ([1.0], {"lengths": [1]}, TypeError, "values: expected a torch.Tensor, got list"),
-        (torch.tensor(1.0), {"lengths": [1]}, ValueError, "values: expected the packed points"),
-        (
-            ragged(V, lengths=[6]),
-            {"lengths": [6]},
-            ValueError,
-            "values: expected the packed points",
-        ),
-    ],
-)
-def test_partitions_that_do_not_add_up(values, kwargs, error, message):
-    with pytest.raises(error, match=message):
-        ragged(values, **kwargs)
-
-
-def test_ragged_looks_at_nothing_when_it_must_not(monkeypatch):
-    # What happens on a GPU: no look at the numbers, so no error from here, and no synchronisation.
-    monkeypatch.setattr(sys.modules["fad_loss.ragged"], "look", lambda tensor: False)
-    assert ragged(V, lengths=[3, 3]).shape[0] == 2
-    assert ragged(V, batch=torch.tensor([0, 0, 2, 1, 1, 1]), batch_size=3).shape[0] == 3
-    assert _checks.look(V)
-
-
-def test_ragged_of_fake_tensors_has_the_right_shape():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    with FakeTensorMode(shape_env=ShapeEnv()):
-        values, batch = torch.zeros(6, 2), torch.zeros(6, dtype=torch.int64)
-        cloud = ragged(values, batch=batch, batch_size=4)
-        assert (cloud.shape[0], cloud.shape[2]) == (4, 2)
 
 
 class Block(nn.Module):
@@ -490,3 +343,275 @@ def test_checkpointed_layers(x):
         # The recomputation in backward does not overwrite what was captured.
         assert features["0"] is first
         assert first.requires_grad
+
+
+class Fields(NamedTuple):
+    positions: Tensor
+    features: Tensor
+
+
+class Several(nn.Module):
+    """A layer that returns several things, in every way that people do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Fields]:
+        hidden = self.linear(x)
+        return x, {"skip": hidden}, Fields(x, 2 * hidden)
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_elements_of_what_a_layer_returns(x, compile_it, fresh_compiler):
+    model: nn.Module = nn.Sequential(Several())
+    run = torch.compile(model, backend="eager", fullgraph=True) if compile_it else model
+    hidden = model[0].linear(x)
+    paths = ["0[0]", "0[1][skip]", "0[2][features]", "0[2][1]", "[1][skip]"]
+    with capture_features(run, paths) as features:
+        run(x)
+        assert list(features) == paths
+        assert torch.equal(features["0[0]"], x)
+        for path, wanted in zip(paths[1:], (hidden, 2 * hidden, 2 * hidden, hidden), strict=True):
+            assert torch.equal(features[path], wanted), path
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("0[3]", r"'0\[3\]': tuple has \[0\], \[1\], \[2\], not \[3\]"),
+        ("0[1][skp]", r"dict has \[skip\], not \[skp\]"),
+        ("0[2][x]", r"Fields has \[0\], \[1\], \[positions\], \[features\], not \[x\]"),
+        ("0.linear[0]", r"Tensor has no elements, not \[0\]"),
+    ],
+)
+def test_elements_that_are_not_there(x, path, message):
+    model = nn.Sequential(Several())
+    with capture_features(model, path), pytest.raises(ValueError, match=message):
+        model(x)
+    with pytest.raises(ValueError, match=r"no module '1'; at the top level there are '0'"):
+        capture_features(model, "1[0]")
+
+
+def test_a_module_with_brackets_in_its_name_comes_first(x):
+    model = nn.ModuleDict({"a": Several(), "a[0]": nn.Linear(3, 1)})
+    with capture_features(model, "a[0]") as features:
+        model["a[0]"](x)
+        assert features["a[0]"].shape == (5, 1)
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_a_layer_that_is_called_twice(model, x, compile_it, fresh_compiler):
+    hidden = model.encoder(x)[0]
+    first = nn.functional.leaky_relu(hidden)
+    second = nn.functional.leaky_relu(first - 1)
+    run = torch.compile(model, backend="eager") if compile_it else model
+    for _ in range(2):
+        with capture_features(run, ["act", "head"], calls="all") as features:
+            for _ in range(2):  # Every run begins anew.
+                run(x)
+                assert len(features["act"]) == 2
+                torch.testing.assert_close(features["act"], (first, second))
+                assert len(features["head"]) == 1
+        with capture_features(run, "act", calls="last") as last:
+            run(x)
+            torch.testing.assert_close(last["act"], second)
+
+
+def test_a_second_call_can_be_an_error(model, x):
+    with capture_features(model, ["act", "head"], calls="error") as features:
+        with pytest.raises(RuntimeError, match=r"'act': called a second time.*calls='all'"):
+            model(x)
+        features.clear()
+        model.act(x)
+        with pytest.raises(RuntimeError, match="'act': called a second time"):
+            model.act(x)
+    with capture_features(model, "head", calls="error") as features:
+        for _ in range(2):
+            model(x)
+            assert features["head"].shape == (5, 2)
+
+
+def test_a_layer_left_out_of_this_run_has_no_features_of_the_last(model, x):
+    with capture_features(model, ["encoder", "head"]) as features:
+        model(x)
+        with pytest.raises(RuntimeError, match="no"):
+            model(x, fail=True)
+        assert list(features) == ["encoder"]
+        with pytest.raises(KeyError, match="or in the model's latest run"):
+            features["head"]
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_change_in_place_is_noticed(x, detach):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    hidden = model[0](x)
+    with capture_features(model, ["0", "1"], detach=detach) as features:
+        model(x)
+        assert torch.equal(features["1"], hidden.relu())
+        with pytest.raises(RuntimeError, match=r"'0': changed in place .*clone=True.*that changed"):
+            features["0"]
+        assert "0" in features
+    with capture_features(model, ["0", "1"], detach=detach, clone=True) as features:
+        model(x)
+        assert torch.equal(features["0"], hidden)
+        assert torch.equal(features["1"], hidden.relu())
+        assert features["0"].requires_grad != detach
+
+
+def test_a_change_of_one_element_in_place_is_noticed(x):
+    class Doubled(nn.Module):
+        def forward(self, parts: tuple[Tensor, dict[str, Tensor], Fields]) -> Tensor:
+            return parts[1]["skip"].mul_(2)
+
+    model = nn.Sequential(Several(), Doubled())
+    with capture_features(model, ["0", "0[0]"]) as features:
+        model(x)
+        assert features["0[0]"] is x
+        with pytest.raises(RuntimeError, match="'0': changed in place"):
+            features["0"]
+
+
+def test_where_versions_are_not_counted_the_record_is_a_copy(x, fresh_compiler):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    hidden = model[0](x)
+    with capture_features(model, "0") as features, torch.inference_mode():
+        model(x)
+        assert torch.equal(features["0"], hidden)
+    for backend in ("eager", "aot_eager"):
+        run = torch.compile(model, backend=backend, fullgraph=True)
+        with capture_features(run, "0") as features:
+            run(x)
+            assert torch.equal(features["0"], hidden)
+            features["0"].sum().backward()
+        assert torch.allclose(model[0].weight.grad, x.sum(0).expand(4, 3))
+        model.zero_grad()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, self.first(x), use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_a_reentrant_checkpoint_has_no_graph_to_capture(x):
+    model = Checkpointed(use_reentrant=True)
+    with capture_features(model, "block.0") as features:
+        with pytest.raises(RuntimeError, match=r"'block.0': .*reentrant.*use_reentrant=False"):
+            model(x)
+        # A teacher needs no graph.
+        with torch.no_grad():
+            model(x)
+        assert torch.equal(features["block.0"], model.block[0](model.first(x)))
+    with capture_features(model, ["block.0", "block", "first"], detach=True) as features:
+        output = model(x)
+        kept = features["block.0"]
+        output.sum().backward()
+        assert features["block.0"] is kept
+    with capture_features(model, "first") as features:
+        model(x)
+        assert features["first"].requires_grad
+
+
+def test_what_a_checkpoint_computes_again_is_not_recorded(x):
+    model = Checkpointed(use_reentrant=False)
+    with capture_features(model, ["block.0"], calls="error") as features:
+        output = model(x)
+        kept = features["block.0"]
+        assert kept.requires_grad
+        (output.sum() + kept.sum()).backward()
+        assert features["block.0"] is kept
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    hidden = plain.block[0](plain.first(x))
+    (hidden.relu().sum() + hidden.sum()).backward()
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad), name
+
+
+def test_a_whole_model_that_is_checkpointed_keeps_its_records(model, x):
+    with capture_features(model, "encoder.conv5") as features:
+        output = checkpoint(model, x, use_reentrant=False)
+        kept = features["encoder.conv5"]
+        output.sum().backward()
+        assert features["encoder.conv5"] is kept
+
+
+def test_replicas_of_data_parallel_say_what_to_use(model, x):
+    # As torch.nn.parallel.replicate makes them, on as many GPUs as there are.
+    replica = model.encoder.conv5._replicate_for_data_parallel()
+    replica.weight, replica.bias = model.encoder.conv5.weight, model.encoder.conv5.bias
+    with (
+        capture_features(nn.DataParallel(model), "encoder.conv5") as features,
+        pytest.raises(RuntimeError, match=r"'encoder.conv5'.*DistributedDataParallel, or one GPU"),
+    ):
+        replica(x)
+    assert len(features) == 0
+
+
+def test_data_parallel_on_one_device_is_the_model_itself(model, x):
+    with capture_features(nn.DataParallel(model), "encoder.conv5") as features:
+        model(x)
+        assert torch.equal(features["encoder.conv5"], model.encoder.conv5(x))
+
+
+def test_layers_that_were_replaced_since(x):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    features = capture_features(model, ["1", "2"])
+    model(x)
+    assert features.replaced == ()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model(x)
+    assert features.replaced == ("1",)
+    assert list(features) == ["2"]
+    with pytest.raises(KeyError, match=r"'1': .* another module .*convert_sync_batchnorm.*capture"):
+        features["1"]
+    features.remove()
+    with capture_features(model, "1") as features:
+        model(x)
+        assert features["1"].shape == (5, 4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_exporting_while_a_capture_is_alive(model, x, strict, fresh_compiler):
+    with capture_features(model, ["encoder.conv5", "head"]) as features:
+        program = torch.export.export(model, (x,), strict=strict)
+        assert list(features) == []
+        output = model(x)
+        assert list(features) == ["encoder.conv5", "head"]
+    assert torch.equal(program.module()(x), output)
+    assert len(program.graph_signature.user_outputs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_while_a_capture_is_alive(x):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with capture_features(model, "0") as features:
+        traced = torch.jit.trace(model, x, check_trace=False)
+        assert list(features) == []
+        assert torch.equal(traced(x), model(x))
+        with pytest.raises(AttributeError, match=r"torch.jit.script cannot .* call remove\(\)"):
+            torch.jit.script(model)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"calls": "first"}, ValueError, "calls: expected one of 'last', 'all', 'error', got"),
+        ({"clone": 1}, TypeError, "clone: expected True or False, got int 1"),
+        ({"inputs": "x"}, TypeError, "inputs: expected True or False"),
+        ({"detach": None}, TypeError, "detach: expected True or False"),
+    ],
+)
+def test_bad_options(model, options, error, message):
+    with pytest.raises(error, match=message):
+        capture_features(model, "head", **options)
+    assert sum(hooks(model)) == 0

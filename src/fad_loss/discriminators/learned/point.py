@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
-from fad_loss.discriminators._layers import (
+from fad_loss._game import Game, Side
+from fad_loss.discriminators.base import Discriminator
+from fad_loss.discriminators.learned.layers import (
     ClassProjection,
     activate,
-    check_features,
+    check_channels,
     check_width,
     cloud_condition,
     linear,
     norm,
-    packed,
-    repacked,
-    spread,
 )
 
 
-class PointDiscriminator(nn.Module):
+class PointDiscriminator(Discriminator):
     r"""One score per point, from an MLP that all points share.
 
     .. math::
@@ -42,15 +39,13 @@ class PointDiscriminator(nn.Module):
         num_classes: the number of classes, if labels are to be used.
 
     Shape:
-        - features: ``(B, N, C)`` or ragged ``(B, j, C)``
-        - reference: the teacher's features of the same clouds, ``(B, M, C)`` or ragged; ignored
-          without `condition`
-        - labels: ``(B,)``, or per point ``(B, N)``, ragged ``(B, j)``; negative ones are unknown;
-          ignored without `num_classes`
-        - output: ``(B, N)``, or ragged ``(B, j)``
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged ``(B, j, C)``
+        - its labels: ``(B,)``, or per point; negative ones are unknown; ignored without
+          `num_classes`
+        - scores: ``(B, N)``, or ragged ``(B, j)``
 
     Raises:
-        ValueError: a wrong shape, or a reference or labels that are missing.
+        ValueError: a wrong number of channels, or labels that are missing.
         TypeError: labels that are no integers.
 
     Source: the shared MLP is Qi et al., *PointNet*, CVPR 2017; spectral normalisation Miyato et
@@ -59,12 +54,12 @@ class PointDiscriminator(nn.Module):
     Example:
         >>> import torch
         >>> discriminator = PointDiscriminator(16, condition="cloud")
-        >>> features, reference = torch.randn(2, 100, 16), torch.randn(2, 128, 16)
-        >>> discriminator(features, reference).shape
+        >>> game = Game.of(torch.randn(2, 100, 16), torch.randn(2, 128, 16))
+        >>> discriminator(game, "student").shape
         torch.Size([2, 100])
     """
 
-    default_weight: ClassVar[float] = 0.1
+    default_weight = 0.1
     """Small, because in ``examples/study/results/report.md`` no weight of a discriminator that
     learns helped, and larger ones hurt more."""
 
@@ -86,24 +81,23 @@ class PointDiscriminator(nn.Module):
         self.first = linear(channels, hidden, spectral_norm)
         self.rest = nn.ModuleList(linear(hidden, hidden, spectral_norm) for _ in range(layers - 1))
         self.norms = nn.ModuleList(norm(hidden, layer_norm) for _ in range(layers))
-        self.score = linear(hidden, 1, spectral_norm)
+        self.score_layer = linear(hidden, 1, spectral_norm)
         self.condition = cloud_condition(condition, channels, hidden, spectral_norm)
         self.projection = (
             None if num_classes is None else ClassProjection(num_classes, hidden, spectral_norm)
         )
 
-    def forward(
-        self, features: Tensor, reference: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    def score(self, game: Game, side: Side) -> Tensor:
         """Score every point: high if it looks like the teacher's."""
-        check_features("features", features, self.channels)
-        hidden = self.first(packed(features))
+        check_channels(game, self.channels)
+        points = game.points(side)
+        hidden = self.first(points.features)
         if self.condition is not None:
-            hidden = hidden + spread(self.condition(reference, features), features)
+            hidden = hidden + points.spread(self.condition(game.teacher))
         hidden = activate(self.norms[0](hidden))
         for layer, normalize in zip(self.rest, list(self.norms)[1:], strict=True):
             hidden = activate(normalize(layer(hidden)))
-        scores: Tensor = self.score(hidden).squeeze(-1)
+        scores: Tensor = self.score_layer(hidden).squeeze(-1)
         if self.projection is not None:
-            scores = scores + self.projection(labels, hidden, features)
-        return repacked(scores, features)
+            scores = scores + self.projection(game.labels, hidden, points)
+        return points.like(scores)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from fad_loss import ops
-from fad_loss._ragged import cloud_index, is_ragged, pack
-from fad_loss.discriminators._layers import (
+from fad_loss._game import Game, Side
+from fad_loss._points import Points
+from fad_loss._ragged import packed
+from fad_loss.discriminators.base import Discriminator
+from fad_loss.discriminators.learned.layers import (
     ClassProjection,
     activate,
-    check_features,
+    check_channels,
     check_width,
     cloud_condition,
     linear,
     norm,
-    packed,
-    repacked,
-    spread,
 )
 
 
@@ -50,7 +48,7 @@ class EdgeConv(nn.Module):
         return result
 
 
-class NeighborhoodDiscriminator(nn.Module):
+class NeighborhoodDiscriminator(Discriminator):
     r"""One score per point, from edge convolutions over its neighbours in feature space.
 
     Where `PointDiscriminator` only sees where features lie, this sees how they lie together: the
@@ -69,15 +67,13 @@ class NeighborhoodDiscriminator(nn.Module):
         num_classes: the number of classes, if labels are to be used.
 
     Shape:
-        - features: ``(B, N, C)`` or ragged ``(B, j, C)``
-        - reference: the teacher's features of the same clouds, ``(B, M, C)`` or ragged; ignored
-          without `condition`
-        - labels: ``(B,)``, or per point ``(B, N)``, ragged ``(B, j)``; negative ones are unknown;
-          ignored without `num_classes`
-        - output: ``(B, N)``, or ragged ``(B, j)``
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged ``(B, j, C)``
+        - its labels: ``(B,)``, or per point; negative ones are unknown; ignored without
+          `num_classes`
+        - scores: ``(B, N)``, or ragged ``(B, j)``
 
     Raises:
-        ValueError: a wrong shape, or a reference or labels that are missing.
+        ValueError: a wrong number of channels, or labels that are missing.
         TypeError: labels that are no integers.
 
     Source: Wang et al., *Dynamic Graph CNN for Learning on Point Clouds*, ACM TOG 2019.
@@ -85,11 +81,12 @@ class NeighborhoodDiscriminator(nn.Module):
     Example:
         >>> import torch
         >>> discriminator = NeighborhoodDiscriminator(16, k=8)
-        >>> discriminator(torch.randn(2, 100, 16)).shape
+        >>> game = Game.of(torch.randn(2, 100, 16), torch.randn(2, 128, 16))
+        >>> discriminator(game, "student").shape
         torch.Size([2, 100])
     """
 
-    default_weight: ClassVar[float] = 0.1
+    default_weight = 0.1
     """Small, because in ``examples/study/results/report.md`` no weight of a discriminator that
     learns helped, and larger ones hurt more."""
 
@@ -115,7 +112,7 @@ class NeighborhoodDiscriminator(nn.Module):
             EdgeConv(hidden if layer else channels, hidden, spectral_norm, layer_norm)
             for layer in range(layers)
         )
-        self.score = linear(hidden, 1, spectral_norm)
+        self.score_layer = linear(hidden, 1, spectral_norm)
         self.condition = cloud_condition(condition, channels, hidden, spectral_norm)
         self.projection = (
             None if num_classes is None else ClassProjection(num_classes, hidden, spectral_norm)
@@ -125,38 +122,43 @@ class NeighborhoodDiscriminator(nn.Module):
         """How many neighbours there are."""
         return f"k={self.k}"
 
-    def forward(
-        self, features: Tensor, reference: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    def score(self, game: Game, side: Side) -> Tensor:
         """Score every point: high if it and its neighbours look like the teacher's."""
-        check_features("features", features, self.channels)
-        neighbors = self._neighbors(features.detach())
+        check_channels(game, self.channels)
+        points = game.points(side)
+        neighbors = self._neighbors(points.detach())
         shift = None
         if self.condition is not None:
-            shift = spread(self.condition(reference, features), features)
-        hidden = packed(features)
+            shift = points.spread(self.condition(game.teacher))
+        hidden = points.features
         for convolution in self.convolutions:
             hidden = convolution(hidden, neighbors, shift)
             shift = None
-        scores: Tensor = self.score(hidden).squeeze(-1)
+        scores: Tensor = self.score_layer(hidden).squeeze(-1)
         if self.projection is not None:
-            scores = scores + self.projection(labels, hidden, features)
-        return repacked(scores, features)
+            scores = scores + self.projection(game.labels, hidden, points)
+        return points.like(scores)
 
-    def _neighbors(self, features: Tensor) -> Tensor:
+    def _neighbors(self, points: Points) -> Tensor:
         """For every point, rows of the flat points: itself and its neighbours."""
-        if is_ragged(features):
-            values, offsets = pack(features)
-            own = torch.arange(values.shape[0], device=values.device).unsqueeze(-1)
-            start = offsets[cloud_index(features)].unsqueeze(-1)
-            k = self.k
+        values, k = points.features, self.k
+        rows = values.shape[:-1]
+        own = torch.arange(rows.numel(), device=values.device).view(*rows, 1)
+        if points.offsets is not None:
+            start = points.offsets[points.index()].unsqueeze(-1)
         else:
-            B, N = features.shape[:2]
-            own = torch.arange(B * N, device=features.device).view(B, N, 1)
-            start = N * torch.arange(B, device=features.device).view(B, 1, 1)
-            k = min(self.k, N - 1)
+            B, N = rows
+            start = N * torch.arange(B, device=values.device).view(B, 1, 1)
+            k = min(k, N - 1)
             if k == 0:
                 return own
-        index = packed(ops.knn(features, features, k, exclude_self=True)[1])
-        # In a ragged cloud with fewer points, the missing neighbours are the point itself.
-        return torch.cat([own, torch.where(index < 0, own, index + start)], -1)
+            if points.mask is not None:
+                # Points that do not count lie further away than any that do.
+                away = 4 * (1 + values.abs().amax())
+                points = points.with_features(points.fill(values, away))
+        index = packed(ops.knn(points.tensor(), points.tensor(), k, exclude_self=True)[1])
+        found = torch.where(index < 0, own, index + start)
+        if points.mask is not None:
+            found = torch.where(points.mask.flatten()[found], found, own)
+        # In a cloud with fewer points, the missing neighbours are the point itself.
+        return torch.cat([own, found], -1)

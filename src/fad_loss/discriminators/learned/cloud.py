@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from fad_loss._ragged import cloud_index, cloud_sum, is_ragged, pack, unpack
-from fad_loss.discriminators._layers import (
+from fad_loss._game import Game, Side
+from fad_loss._points import Points
+from fad_loss.discriminators.base import Discriminator
+from fad_loss.discriminators.learned.layers import (
     ClassProjection,
     activate,
-    check_features,
+    check_channels,
     check_width,
     cloud_condition,
     linear,
     norm,
-    packed,
     pooled,
-    repacked,
-    spread,
 )
 
 
-class CloudDiscriminator(nn.Module):
+class CloudDiscriminator(Discriminator):
     r"""One score per cloud, from mean, maximum and attention pooling of a shared MLP.
 
     .. math::
@@ -46,14 +43,12 @@ class CloudDiscriminator(nn.Module):
         num_classes: the number of classes, if labels are to be used (projection).
 
     Shape:
-        - features: ``(B, N, C)`` or ragged ``(B, j, C)``
-        - reference: the teacher's features of the same clouds, ``(B, M, C)`` or ragged; ignored
-          without `condition`
-        - labels: ``(B,)``; negative ones are unknown; ignored without `num_classes`
-        - output: ``(B,)``
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged ``(B, j, C)``
+        - its labels: ``(B,)``; negative ones are unknown; ignored without `num_classes`
+        - scores: ``(B,)``
 
     Raises:
-        ValueError: a wrong shape, or a reference or labels that are missing.
+        ValueError: a wrong number of channels, or labels that are missing.
         TypeError: labels that are no integers.
 
     Source: pooling by attention is Lee et al., *Set Transformer*, ICML 2019, in its simplest form;
@@ -61,11 +56,12 @@ class CloudDiscriminator(nn.Module):
 
     Example:
         >>> discriminator = CloudDiscriminator(16, num_classes=40)
-        >>> discriminator(torch.randn(2, 100, 16), labels=torch.tensor([3, 39])).shape
+        >>> game = Game.of(torch.randn(2, 100, 16), torch.randn(2, 128, 16), torch.tensor([3, 39]))
+        >>> discriminator(game, "student").shape
         torch.Size([2])
     """
 
-    default_weight: ClassVar[float] = 0.1
+    default_weight = 0.1
     """Small, because in ``examples/study/results/report.md`` no weight of a discriminator that
     learns helped, and larger ones hurt more."""
 
@@ -95,7 +91,7 @@ class CloudDiscriminator(nn.Module):
         self.norms = nn.ModuleList(norm(hidden, layer_norm) for _ in range(layers))
         self.attention = linear(hidden, heads, spectral_norm)
         self.joined = linear(3 * hidden, hidden, spectral_norm)
-        self.score = linear(hidden, 1, spectral_norm)
+        self.score_layer = linear(hidden, 1, spectral_norm)
         self.condition = cloud_condition(condition, channels, hidden, spectral_norm)
         self.projection = (
             None if num_classes is None else ClassProjection(num_classes, hidden, spectral_norm)
@@ -105,44 +101,27 @@ class CloudDiscriminator(nn.Module):
         """How many heads there are."""
         return f"heads={self.heads}"
 
-    def forward(
-        self, features: Tensor, reference: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    def score(self, game: Game, side: Side) -> Tensor:
         """Score every cloud: high if it looks like the teacher's."""
-        check_features("features", features, self.channels)
-        hidden = self.first(packed(features))
+        check_channels(game, self.channels)
+        points = game.points(side)
+        hidden = self.first(points.features)
         if self.condition is not None:
-            hidden = hidden + spread(self.condition(reference, features), features)
+            hidden = hidden + points.spread(self.condition(game.teacher))
         hidden = activate(self.norms[0](hidden))
         for layer, normalize in zip(self.rest, list(self.norms)[1:], strict=True):
             hidden = activate(normalize(layer(hidden)))
-        attention = self._attended(hidden, features)
-        summary = torch.cat([pooled(repacked(hidden, features)), attention], -1)
+        summary = torch.cat(
+            [pooled(points.with_features(hidden)), self._attended(hidden, points)], -1
+        )
         summary = activate(self.joined(summary))
-        scores: Tensor = self.score(summary).squeeze(-1)
+        scores: Tensor = self.score_layer(summary).squeeze(-1)
         if self.projection is not None:
-            scores = scores + self.projection(labels, summary, features, per_cloud=True)
+            scores = scores + self.projection(game.labels, summary, points, per_cloud=True)
         return scores
 
-    def _attended(self, hidden: Tensor, features: Tensor) -> Tensor:
+    def _attended(self, hidden: Tensor, points: Points) -> Tensor:
         """The points' hidden features, weighed by attention, ``(B, hidden)``."""
-        logits = self.attention(hidden)
-        if is_ragged(features):
-            weights = _cloud_softmax(unpack(logits, features))
-        else:
-            weights = logits.softmax(1)
-        weights = weights.to(hidden.dtype).unsqueeze(-1)
+        weights = points.softmax(self.attention(hidden)).to(hidden.dtype).unsqueeze(-1)
         values = hidden.reshape(*hidden.shape[:-1], self.heads, -1)
-        weighed = (weights * values).flatten(-2)
-        return cloud_sum(repacked(weighed, features))
-
-
-def _cloud_softmax(logits: Tensor) -> Tensor:
-    """Softmax over the points of each ragged cloud, packed."""
-    values, offsets = pack(logits)
-    index = cloud_index(logits)
-    fixed = values.detach()
-    highest = fixed.new_full((len(offsets) - 1, values.shape[1]), -torch.inf)
-    highest = highest.scatter_reduce(0, index.unsqueeze(1).expand_as(fixed), fixed, "amax")
-    weights = (values - highest[index]).exp()
-    return weights / cloud_sum(unpack(weights, logits))[index]
+        return points.sum((weights * values).flatten(-2))

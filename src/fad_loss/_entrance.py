@@ -1,0 +1,263 @@
+"""What comes in at the loss's door: parts by name, and features checked, drawn and matched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from fad_loss._checks import check_finite
+from fad_loss._errors import choose, describe, expected
+from fad_loss._game import Game, Side, both_sides
+from fad_loss._points import Points
+from fad_loss._ragged import is_ragged, pack
+from fad_loss.correspondence import interpolate
+from fad_loss.discriminators import (
+    CloudDiscriminator,
+    Discriminator,
+    MatchDiscriminator,
+    NeighborhoodDiscriminator,
+    PointDiscriminator,
+    TeacherDiscriminator,
+    as_discriminator,
+)
+
+if TYPE_CHECKING:
+    from fad_loss.loss import FeatureAdversarialLoss
+
+DISCRIMINATORS: Final[dict[str, Callable[[int], Discriminator]]] = {
+    "teacher": lambda channels: TeacherDiscriminator(),  # noqa: ARG005
+    "paired": lambda channels: TeacherDiscriminator(condition="point"),  # noqa: ARG005
+    "point": PointDiscriminator,
+    "neighborhood": NeighborhoodDiscriminator,
+    "cloud": CloudDiscriminator,
+    "match": MatchDiscriminator,
+}
+"""The discriminators by name, of so many channels."""
+
+
+# ---------------------------------------------------------------------------------- parts by name
+
+
+def make_adapter(
+    adapter: str | nn.Module, student_channels: int, teacher_channels: int
+) -> nn.Module:
+    """The adapter of that name, or the module itself."""
+    if isinstance(adapter, nn.Module):
+        return adapter
+    _check_name("adapter", adapter, ("linear", "identity"))
+    if adapter == "identity" and student_channels != teacher_channels:
+        message = (
+            f'adapter: "identity" needs as many student as teacher channels, got '
+            f'{student_channels} and {teacher_channels}; use "linear"'
+        )
+        raise ValueError(message)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "linear": lambda: nn.Linear(student_channels, teacher_channels),
+        "identity": nn.Identity,
+    }
+    return choose("adapter", adapter, makers)()
+
+
+def make_discriminator(discriminator: str | nn.Module, channels: int) -> Discriminator:
+    """The discriminator of that name, or the module itself, wrapped if it has to be."""
+    if isinstance(discriminator, nn.Module):
+        return as_discriminator(discriminator)
+    _check_name("discriminator", discriminator, DISCRIMINATORS)
+    if discriminator == "head":
+        message = (
+            'discriminator: "head" needs the teacher\'s own layers; pass '
+            "fad_loss.HeadDiscriminator(teacher.classifier), say"
+        )
+        raise ValueError(message)
+    return choose("discriminator", discriminator, DISCRIMINATORS)(channels)
+
+
+def _check_name(argument: str, value: object, known: Iterable[str]) -> None:
+    if isinstance(value, str):
+        return
+    remedy = ""
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        remedy = f"pass an instance, {value.__name__}(...)"
+    wanted = f"one of {', '.join(map(repr, known))}, or a torch.nn.Module"
+    raise expected(argument, wanted, value, remedy, error=TypeError)
+
+
+def name_of(discriminator: Discriminator) -> str:
+    """The class that its user knows it by."""
+    return type(getattr(discriminator, "module", discriminator)).__name__
+
+
+def floating_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """What the module's layers take, if it has any."""
+    for t in (*module.parameters(), *module.buffers()):
+        if t.is_floating_point():
+            return t.dtype
+    return default
+
+
+# --------------------------------------------------------------------------------------- features
+
+
+def enter(
+    loss: FeatureAdversarialLoss,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Any,
+    positions: Any,
+) -> Game:
+    """Both sides' points as they came, if they belong together."""
+    masks, places = both_sides("mask", mask), both_sides("positions", positions)
+    fake = Points.of(student, masks[0], places[0], layout=loss.layout, name="student")
+    real = Points.of(teacher, masks[1], places[1], layout=loss.layout, name="teacher").detach()
+    for name, points, given, channels in (
+        ("student", fake, student, loss.student_channels),
+        ("teacher", real, teacher, loss.teacher_channels),
+    ):
+        if points.channels != channels:
+            other = "bcn" if loss.layout == "bnc" else "bnc"
+            remedy = f"{name}_channels={points.channels}"
+            if given.dim() == 3 and points.features.shape[1] == channels and not is_ragged(given):
+                remedy = f"layout={other!r} (the channels seem to be in the other place)"
+            message = (
+                f"{name}: expected {channels} channels ({name}_channels) for layout "
+                f"{loss.layout!r}, got {describe(given)}; make the loss with {remedy}, or pass "
+                "the features of another layer"
+            )
+            raise ValueError(message)
+    _check_sides(fake, real, student, teacher)
+    if loss._logged.device != student.device:
+        remedy = f"move the loss with fad.to({str(student.device)!r})"
+        raise expected("student", f"the device of the loss, {loss._logged.device}", student, remedy)
+    if labels is not None:
+        labels = _checked_labels(labels, student)
+    if positions is not None and not loss.discriminator.positional:
+        message = (
+            f"positions: {name_of(loss.discriminator)} does not use where points lie; leave them "
+            'out, or take discriminator="teacher" or "paired"'
+        )
+        raise ValueError(message)
+    return Game(fake, real, labels)
+
+
+def _check_sides(fake: Points, real: Points, student: Tensor, teacher: Tensor) -> None:
+    wanted, remedy = "", ""
+    if student.dim() == teacher.dim() == 2 and len(student) != len(teacher):
+        wanted = "global features (B, C) of the same clouds"
+        remedy = (
+            "feed both the same batch, or compare them as sets of different size with "
+            "student[None] and teacher[None]"
+        )
+    elif student.dim() != teacher.dim():
+        wanted = "both to be features of points or both global"
+        remedy = "take layers of the same kind"
+    elif fake.batch != real.batch:
+        wanted, remedy = "the same number of clouds B", "feed both the same batch"
+    elif is_ragged(student) != is_ragged(teacher):
+        wanted = "both ragged or both not"
+        remedy = "wrap the other one in fad_loss.ragged"
+    elif student.device != teacher.device:
+        wanted, remedy = "one device", "move one with .to(device)"
+    if wanted:
+        both = f"{describe(student)} and {describe(teacher)}"
+        raise expected("student and teacher", wanted, both, remedy)
+
+
+def _checked_labels(labels: object, student: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise expected("labels", "a torch.Tensor of classes", labels, error=TypeError)
+    if labels.device != student.device:
+        remedy = f"move them with .to({str(student.device)!r})"
+        raise expected("labels", f"the device of the features, {student.device}", labels, remedy)
+    # The batch is the set: the labels of the clouds are those of its points.
+    return labels.unsqueeze(0) if student.dim() == 2 and labels.dim() == 1 else labels
+
+
+def without_small_clouds(game: Game, discriminator: Discriminator) -> tuple[Game, Tensor]:
+    """The game without the points of clouds that are too small on either side, and their number.
+
+    Where all clouds have as many points, too few are an error: nothing could ever be learnt.
+    """
+    student, teacher, least = game.student, game.teacher, discriminator.least_points
+    zero = torch.zeros((), dtype=torch.int64, device=student.features.device)
+    for name, points in (("student", student), ("teacher", teacher)):
+        if not points.uneven and points.features.shape[1] < least:
+            message = (
+                f"{name}: {name_of(discriminator)} estimates densities from the points of a cloud "
+                f"and needs at least {least}, got {describe(points.tensor())}; compare per-point "
+                "features, or global features (B, C) of at least 2 clouds"
+            )
+            raise ValueError(message)
+    if not (student.uneven or teacher.uneven):
+        return game, zero
+    enough = (student.lengths() >= least) & (teacher.lengths() >= least)
+    if student.offsets is None or least > 1:
+        student, teacher = (
+            points.only(points.spread(enough).expand(points.features.shape[:-1]))
+            for points in (student, teacher)
+        )
+    return replace(game, student=student, teacher=teacher), (~enough).sum()
+
+
+def draw(game: Game, count: int, discriminator: Discriminator) -> Game:
+    """At most `count` points of each cloud; clouds of as many on both sides keep the same ones."""
+    student, teacher = game.student, game.teacher
+    dense = not (student.uneven or teacher.uneven)
+    sizes = student.features.shape[1], teacher.features.shape[1]
+    if dense and max(sizes) <= count:
+        return game
+    chance = torch.rand(
+        (student.batch, count + 1), dtype=torch.float64, device=student.features.device
+    )
+    if discriminator.corresponding and teacher.positions is not None:
+        # The teacher's points are for the interpolation to choose from.
+        return replace(game, student=student.draw(count, chance), labels=_whole_labels(game))
+    if discriminator.corresponding and dense and sizes[0] != sizes[1]:
+        return game  # for the discriminator to refuse: equal numbers would hide it
+    labels = game.labels
+    if labels is not None and labels.dim() > 1:
+        # A class of each point goes where the point goes, as one more feature would.
+        values = pack(labels)[0] if is_ragged(labels) else labels
+        numbers = student.with_features(values.unsqueeze(-1).double())
+        labels = numbers.draw(count, chance).features.squeeze(-1).to(labels.dtype)
+    return Game(student.draw(count, chance), teacher.draw(count, chance), labels)
+
+
+def _whole_labels(game: Game) -> Tensor | None:
+    return game.labels if game.labels is None or game.labels.dim() == 1 else None
+
+
+def correspond(game: Game, discriminator: Discriminator) -> Game:
+    """Where points should correspond and their places are known: the teacher's at the student's."""
+    student, teacher = game.student, game.teacher
+    if not discriminator.corresponding or student.positions is None or teacher.positions is None:
+        return game
+    if student.offsets is not None or teacher.offsets is not None:
+        message = (
+            "positions: points of ragged clouds are matched in training, where max_points= are "
+            "drawn of each; in evaluation, pass one cloud at a time, as (1, N, C)"
+        )
+        raise ValueError(message)
+    features = interpolate(
+        teacher.features, teacher.positions, student.positions, mask=teacher.mask
+    )
+    # From here on the points are the same, and so are their positions.
+    matched = Points(features, None, student.mask)
+    return replace(game, student=replace(student, positions=None), teacher=matched)
+
+
+def check_points(game: Game) -> None:
+    """Refuse features that are not finite, where they may be looked at."""
+    for name, points in (("student", game.student), ("teacher", game.teacher)):
+        check_finite(name, points.features)
+
+
+def with_leaf(game: Game, side: Side, leaf: Tensor) -> Game:
+    """The game with that side's features replaced by a leaf, for a gradient penalty."""
+    values = pack(leaf)[0] if is_ragged(leaf) else leaf
+    points = game.points(side).with_features(values)
+    return replace(game, student=points) if side == "student" else replace(game, teacher=points)

@@ -1,0 +1,96 @@
+"""What the two players are asked about: the points of the same clouds, of student and teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from fad_loss._errors import expected
+from fad_loss._points import Points
+
+Side = Literal["student", "teacher"]
+"""Whose points are scored."""
+
+
+@dataclass(eq=False)
+class Game:
+    """The points of both players, in one space, and the clouds' labels.
+
+    Attributes:
+        student: the student's points; scores carry a gradient to their features.
+        teacher: the teacher's points of the same clouds.
+        labels: the class of each cloud, ``(B,)``, or of each point, or None.
+    """
+
+    student: Points
+    teacher: Points
+    labels: Tensor | None = None
+
+    @staticmethod
+    def of(
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
+    ) -> Game:
+        """The game between two tensors of features.
+
+        Args:
+            student: ``(B, N, C)``, global ``(B, C)``, or ragged (`fad_loss.ragged`).
+            teacher: of the same clouds, with as many channels.
+            labels: ``(B,)``, or one per point.
+            mask: which points count, for both, or a pair.
+            positions: where the points lie, a pair of ``(B, N, D)`` and ``(B, M, D)``.
+
+        Raises:
+            ValueError: different numbers of clouds or channels.
+
+        Example:
+            >>> game = Game.of(torch.zeros(2, 5, 3), torch.zeros(2, 7, 3))
+            >>> game.student.lengths(), game.teacher.lengths()
+            (tensor([5, 5]), tensor([7, 7]))
+        """
+        masks, places = both_sides("mask", mask), both_sides("positions", positions)
+        game = Game(
+            Points.of(student, masks[0], places[0], name="student"),
+            Points.of(teacher, masks[1], places[1], name="teacher"),
+            labels,
+        )
+        if game.student.batch != game.teacher.batch:
+            remedy = "feed both the same batch"
+            raise expected("teacher", "as many clouds as the student's", teacher, remedy)
+        if game.student.channels != game.teacher.channels:
+            remedy = "map one to the channels of the other first"
+            raise expected("teacher", "as many channels C as the student's", teacher, remedy)
+        return game
+
+    def points(self, side: Side) -> Points:
+        """The points of that side."""
+        return self.student if side == "student" else self.teacher
+
+    def still(self) -> Game:
+        """The same game, in which no gradient reaches the student's features."""
+        return replace(self, student=self.student.detach())
+
+
+def both_sides(
+    name: str, given: Tensor | tuple[Tensor | None, Tensor | None] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The student's and the teacher's: a pair as it is, one tensor for both."""
+    if given is None:
+        return None, None
+    if isinstance(given, Tensor):
+        if name == "positions":
+            remedy = "positions=(xyz, xyz) if both networks see the same points"
+            raise expected(name, "a pair, (student_positions, teacher_positions)", given, remedy)
+        return given, given
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        wanted = f"a tensor or a pair, (student_{name}, teacher_{name})"
+        raise expected(name, wanted, given, error=TypeError)
+    for one in given:
+        if not isinstance(one, Tensor) and not (one is None and name == "mask"):
+            raise expected(name, "tensors in the pair", one, error=TypeError)
+    return given[0], given[1]

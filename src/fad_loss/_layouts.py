@@ -1,0 +1,75 @@
+"""How the features of a layer lie, read off an example, and how to bring them to a layout."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fad_loss._errors import describe, expected
+from fad_loss._points import LAYOUTS
+from fad_loss._ragged import is_ragged
+from fad_loss.discriminators import HeadDiscriminator
+
+
+def layout_of(name: str, features: object, layout: str | None, example: object) -> str:
+    """How the features of a layer lie: "ragged", "global", "bnc" or "bcn"."""
+    if not isinstance(features, Tensor):
+        remedy = "name an element of what it returns, as in 'encoder[1]'"
+        got = type(features).__name__
+        raise expected(name, "a layer that returns a tensor", got, remedy, error=TypeError)
+    if is_ragged(features):
+        return "ragged"
+    wanted = "features of points, (B, N, C) or (B, C, N), or one per cloud, (B, C)"
+    if features.dim() not in {2, 3}:
+        raise expected(name, wanted, features, "take a layer behind the pooling over neighbours")
+    clouds = example.shape[0] if isinstance(example, Tensor) and example.dim() == 3 else None
+    if clouds is not None and features.shape[0] != clouds:
+        remedy = "packed points have to be made ragged first, see capture_features and ragged"
+        raise expected(name, f"{wanted} for B = {clouds} clouds", features, remedy)
+    if features.dim() == 2 or 1 in features.shape[1:]:
+        return "global"
+    if layout is not None:
+        return layout
+    points = _number_of_points(example)
+    fits = [name for name, last in LAYOUTS.items() if features.shape[1 + last] == points]
+    if len(fits) == 1:
+        return fits[0]
+    got = f"{describe(features)} for {points or 'an unknown number of'} points"
+    remedy = 'say layout="bnc" or layout="bcn" (or a pair, the student\'s and the teacher\'s)'
+    raise expected(name, "one axis as long as the clouds of the example", got, remedy)
+
+
+def _number_of_points(example: object) -> int | None:
+    """N of ``(B, N, 3)`` or ``(B, 3, N)``: the longer one, for there are few coordinates."""
+    if not isinstance(example, Tensor) or is_ragged(example) or example.dim() != 3:
+        return None
+    first, last = example.shape[1:]
+    return None if first == last else max(first, last)
+
+
+def channels(features: Tensor, layout: str) -> int:
+    """The number of channels."""
+    if layout == "global":
+        return features[0].numel()
+    return features.shape[1] if LAYOUTS.get(layout, False) else features.shape[-1]
+
+
+def one_per_cloud(features: Tensor, discriminator: nn.Module, layout: str) -> Tensor:
+    """One feature per cloud, ``(B, C)``; for a discriminator that pools, a cloud of one point."""
+    features = features.flatten(1)
+    if isinstance(discriminator, HeadDiscriminator) and discriminator.pool is not None:
+        return features.unsqueeze(2 if LAYOUTS[layout] else 1)
+    return features
+
+
+def in_layout(features: Tensor, layout: str, wanted: str) -> Tensor:
+    """Features of points in the layout that is wanted."""
+    return features if layout in {"ragged", wanted} else features.transpose(1, 2)
+
+
+def along(positions: Tensor, features: Tensor, layout: str) -> Tensor:
+    """Positions ``(B, N, D)`` or ``(B, D, N)`` in the layout of the features."""
+    axis = 1 + LAYOUTS[layout]
+    if not isinstance(positions, Tensor) or positions.dim() != 3 or is_ragged(positions):
+        return positions  # The loss says what it expects.
+    other = positions.shape[3 - axis] == features.shape[axis] != positions.shape[axis]
+    return positions.transpose(1, 2) if other else positions

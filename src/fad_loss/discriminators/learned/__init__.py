@@ -1,0 +1,1 @@
+"""Discriminators that learn: networks over points, neighbourhoods and clouds."""

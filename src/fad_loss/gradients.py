@@ -1,0 +1,158 @@
+"""The student's gradient on its way back: the weight, and its share of what the task pulls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fad_loss._ragged import is_ragged, pack
+
+__all__ = ["GradientBalance", "weigh_gradient"]
+
+# What was seen long ago is forgotten at this rate.
+_MOMENTUM = 0.05
+# The factor stays within this and its inverse, whatever is measured.
+_LARGEST = 1e3
+
+
+def weigh_gradient(features: Tensor, weight: Tensor) -> Tensor:
+    """The same features, whose gradient is multiplied by `weight` on its way back.
+
+    Example:
+        >>> features = torch.ones(2, requires_grad=True)
+        >>> weigh_gradient(features, torch.tensor(3.0)).sum().backward()
+        >>> features.grad
+        tensor([3., 3.])
+    """
+    if not features.requires_grad:
+        return features
+    still = features.detach()
+    # The difference is exactly 0.
+    return still + weight.to(features.dtype) * (features - still)
+
+
+class GradientBalance(nn.Module):
+    r"""The factor that makes two gradients at the same features equally large.
+
+    .. math::
+        \beta = \frac{\overline{\|g_\text{task}\|}}{\overline{\|g_\text{own}\|}}
+
+    where :math:`g_\text{own}` is the gradient that an unweighted term sends to the student's
+    features, :math:`g_\text{task}` all others that arrive there, and a bar a running average. Both
+    are measured in the backward passes that the loop makes, one for all or one for each loss, by
+    hooks, and used from the next step on: the factor is a constant to every gradient. Of several
+    passes over the same features (a probe by `torch.autograd.grad` before the real one, say) the
+    last in which a gradient came counts. A loss scaler, or a division for gradient accumulation,
+    multiplies both and cancels. What is not finite, or where one of the two is zero, is not
+    counted. The factor stays between 1/1000 and 1000.
+
+    The buffers are saved with a ``state_dict``. In a process group the measurements of all ranks
+    are averaged, so that all use the same factor.
+
+    Source: balancing by gradient norms is from Chen et al., "GradNorm", ICML 2018, and by the last
+    layer's gradients, as here, from Esser et al., "Taming transformers", CVPR 2021.
+
+    Example:
+        >>> balance = GradientBalance()
+        >>> features = torch.ones(2, 3, requires_grad=True)
+        >>> own = balance.tap(features, torch.tensor(1.0))
+        >>> (10 * features.sum() + own.sum()).backward()
+        >>> balance.factor()
+        tensor(10.)
+    """
+
+    task: Tensor
+    own: Tensor
+    measured: Tensor
+    pending: Tensor
+
+    def __init__(self) -> None:
+        """See the class."""
+        super().__init__()
+        self.register_buffer("task", torch.zeros(()))
+        self.register_buffer("own", torch.zeros(()))
+        self.register_buffer("measured", torch.zeros((), dtype=torch.int64))
+        # What the backward passes of the latest step have shown, until the next one counts it: the
+        # norms of the task's gradient and of the term's own. Saved, so that a checkpoint between
+        # the two loses nothing.
+        self.register_buffer("pending", torch.zeros(2))
+        self._handle: Any = None
+
+    def factor(self) -> Tensor:
+        """What to multiply the term by: 1 until something was measured."""
+        self._count()
+        ratio = (self.task / self.own).clamp(1 / _LARGEST, _LARGEST)
+        return torch.where(self.measured > 0, ratio, 1.0)
+
+    def tap(self, features: Tensor, weight: Tensor) -> Tensor:
+        """The same features, for the term to use: what it sends back is told from all else.
+
+        Args:
+            features: the student's, which other losses see as well.
+            weight: what the term's gradient is multiplied by this time, the factor included.
+        """
+        if torch.compiler.is_compiling():
+            message = (
+                "balance: the gradients cannot be measured inside torch.compile(fullgraph=True), "
+                "whose backward pass has no hooks; compile the networks and leave the loss outside"
+            )
+            raise RuntimeError(message)
+        self._count()
+        if not features.requires_grad:
+            return features
+        weight, sent = weight.detach().clone(), []
+        own = features.clone() if is_ragged(features) else features.view_as(features)
+        # A copy: autograd adds the other gradients to this one in place.
+        own.register_hook(lambda gradient: sent.append(gradient.detach().clone()))  # type: ignore[no-untyped-call]
+
+        @torch.no_grad()
+        def arrived(total: Tensor) -> None:
+            """A backward pass has brought `total`, of which the term sent what came before."""
+            rest = _values(total.detach())
+            latest = [rest.new_zeros(()), rest.new_zeros(())]
+            if sent:
+                mine = _values(sum(sent[1:], sent[0]))
+                rest = rest - mine
+                latest[1] = _norm(mine) / weight
+                sent.clear()
+            latest[0] = _norm(rest)
+            seen = torch.stack([n.to(self.pending.dtype) for n in latest])
+            self.pending.copy_(torch.where(seen == 0, self.pending, seen))
+
+        self._handle = features.register_hook(arrived)  # type: ignore[no-untyped-call]
+        return own
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Count what the backward passes since the last call have shown."""
+        if self._handle is not None:
+            self._handle.remove()  # a leaf would keep it
+            self._handle = None
+        usable = (torch.isfinite(self.pending) & (self.pending > 0)).all()
+        seen = torch.cat([self.pending, usable.to(self.pending).reshape(1)])
+        seen = torch.where(usable, seen, 0.0)
+        self.pending.zero_()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(seen)
+        known = seen[2] > 0
+        self.measured.add_(known)
+        rate = (1 / self.measured.clamp(min=1)).clamp(min=_MOMENTUM).to(seen.dtype) * known
+        self.task.lerp_(seen[0] / seen[2].clamp_min(1), rate)
+        self.own.lerp_(seen[1] / seen[2].clamp_min(1), rate)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy watches no backward pass of the original."""
+        return {**self.__dict__, "_handle": None}
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient.to(wide))
+    return norm
+
+
+def _values(t: Tensor) -> Tensor:
+    return pack(t)[0] if is_ragged(t) else t

@@ -1,0 +1,30 @@
+"""A distiller under DDP and FSDP2: two processes with half the batch are one with the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from .distributed_worker import NETWORKS, build, train, work
+from .networks import clouds
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("distributed"))
+    mp.spawn(work, args=(folder,), nprocs=2)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_same_numbers_as_from_one_process(results, network, way):
+    distiller = build(network)
+    train(distiller, clouds())
+    wanted = {key: parameter.detach() for key, parameter in distiller.named_parameters()}
+    before = dict(build(network).named_parameters())
+    assert not any(torch.equal(before[k], wanted[k]) for k in wanted if k.endswith("weight"))
+    for result in results:
+        got = {key: value.detach() for key, value in result[network, way].items()}
+        torch.testing.assert_close(got, wanted)
