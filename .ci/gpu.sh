@@ -73,7 +73,7 @@ tests() {
     while [ "$share" -lt "$WORKERS" ]; do
         FAD_GPU_SHARE=$share/$WORKERS FAD_GPU_DEADLINE=$((end - 15)) \
             FAD_GPU_RESULTS=$state/tests-$share.jsonl \
-            $PYTHON -m pytest -q -m gpu -p no:cacheprovider -p gpu_shares -o addopts= -W default \
+            timeout -k 5 "$(left)" $PYTHON -m pytest -q -m gpu -p no:cacheprovider -p gpu_shares -o addopts= -W default \
             --tb=short tests/kernels/test_gpu.py tests/ops >"$state/tests-$share.log" 2>&1 &
         running="$running $!"
         share=$((share + 1))
