@@ -9,6 +9,11 @@ teaches a small network to tell four kinds of shapes apart, in 300 steps, on the
 weights, batches and clouds as the student alone in the same loop. What is wanted: no error, nothing
 that is not finite, and for discriminators that do not learn an accuracy that is nowhere more than
 two points below that of the student alone.
+
+FAD_LOSS_SOURCE=folder measures another version, whose ``src`` that is:
+
+    git worktree add /tmp/before v0.1.0
+    FAD_LOSS_SOURCE=/tmp/before/src python benchmarks/loops.py --output loops-before.json
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 import warnings
@@ -33,10 +40,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, os.environ.get("FAD_LOSS_SOURCE", sys.path[0]))
 
 from fad_loss import FeatureAdversarialLoss, HeadDiscriminator
 from measure import RESULTS, context, save
 
+SOURCE = Path(sys.path[0])
 OPTIMIZERS = ("sgd0.1", "sgd0.02", "adamw0.001")
 CLIPPINGS = ("none", "network", "all")
 SCALES_OF_TEACHER = (1e-3, 1.0, 1e3)
@@ -220,6 +229,12 @@ def matrix(arguments: argparse.Namespace) -> list[Loop]:
     ]
 
 
+def commit_of(source: Path) -> str:
+    """What is measured."""
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def finished(journal: Path, run_of: dict[str, Any]) -> dict[Loop, dict[str, Any]]:
     """The loops that an earlier call, of the same commit and options, has left behind."""
     lines = journal.read_text().splitlines() if journal.exists() else []
@@ -292,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["balance"] = True
     loops = matrix(given)
     where, console = context(torch.device("cpu")), Console()
+    where["commit"] = commit_of(SOURCE)
     journal = given.output.with_suffix(".jsonl")
     rows = finished(journal, {"commit": where["commit"], "options": options})
     open_loops = [loop for loop in loops if loop not in rows]
