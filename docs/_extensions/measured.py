@@ -6,6 +6,7 @@ On GitHub those pages link to the files; here their contents follow. Nothing is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,15 +102,21 @@ def _benchmarks() -> str:
 
 def _study() -> str:
     report = (ROOT / STUDY / "report.md").read_text(encoding="utf-8")
-    # Its images lie beside it.
-    return report.split("<!-- report -->")[1].replace("](", f"](../{STUDY}/")
+    # Its images lie beside it, and are on white ground.
+    return re.sub(
+        r"!\[(\w+)\]\((.*?)\)",
+        rf"![\1](../{STUDY}/\2){{.white}}",
+        report.split("<!-- report -->")[1],
+    )
 
 
 MEASURED = {"benchmarks": _benchmarks, "study-results": _study}
 
 
-def _append(_app: Sphinx, page: str, source: list[str]) -> None:
+def _append(app: Sphinx, page: str, source: list[str]) -> None:
     if page in MEASURED:
+        for file in (*(ROOT / STUDY).glob("report.md"), *(ROOT / BENCHMARKS).glob("*.json")):
+            app.env.note_dependency(str(file))
         source[0] += "\n" + MEASURED[page]()
 
 
