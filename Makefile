@@ -93,12 +93,13 @@ $(BIN)/python:
 
 # Kernels:
 #
-#   make kernels-report  compile the kernels for sm_80, sm_90, sm_100 without a GPU; write the JSON
-#   make gpu          GPU tests, self-check, sanitizer, benchmarks, with PYTHON's torch, into OUT
+#   make kernels-report  compile the kernels for sm_80 to sm_120 without a GPU; write the JSON
+#   make gpu          GPU tests, self-check, sanitizer, benchmarks, with PYTHON's torch, in calls of
+#                     LIMIT=540 seconds that continue each other (REHEARSE=1: without a GPU)
 .PHONY: kernels-report gpu
 
 kernels-report: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/kernels_report.py
 
 gpu:
-	OUT='$(or $(OUT),build/gpu)' .ci/gpu.sh '$(PYTHON)'
+	OUT='$(OUT)' LIMIT='$(or $(LIMIT),540)' REHEARSE='$(or $(REHEARSE),0)' .ci/gpu.sh '$(PYTHON)'

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1] / "src" / "fad_loss"
 FLOORS = [
     ("_errors", "_checks", "_ragged"),
     ("ops",),
-    ("_points", "_game", "_paths", "ragged", "correspondence"),
+    ("_points", "_game", "_paths", "_state", "ragged", "correspondence", "standardize"),
     ("distances", "metrics", "objectives", "penalties", "discriminators"),
-    ("_state", "_fingerprints", "_advice", "gradients", "standardize", "capture", "_layouts"),
+    ("_fingerprints", "_advice", "gradients", "capture", "_layouts"),
     ("_entrance", "loss"),
     ("distiller",),
     ("__init__",),

@@ -448,3 +448,21 @@ def test_nothing_is_computed_in_float64_where_there_is_none():
             return dtype
 
     assert accurate(Elsewhere()) == torch.float32  # type: ignore[arg-type,comparison-overlap]
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100, 1e200])
+def test_extreme_scales_in_float64(scale):
+    """Fourth powers of 1e100 are no numbers."""
+    x = torch.randn(30, 5, dtype=torch.float64)
+    y = x + 0.3 * torch.randn(30, 5, dtype=torch.float64)
+    assert float(cka(x * scale, x)) == pytest.approx(1, abs=1e-12)
+    for compare in (
+        cka,
+        lambda a, b: cka(a, b, debiased=True),
+        lambda a, b: neighbor_agreement(a, b, 3),
+        information_lost,
+    ):
+        assert float(compare(x * scale, y)) == pytest.approx(float(compare(x, y)), rel=1e-9)
+    got = set_distances(x * scale, y * scale)
+    for name, want in set_distances(x, y).items():
+        assert float(got[name]) == pytest.approx(float(want), rel=1e-9)

@@ -66,7 +66,9 @@ def make_adapter(
 def make_discriminator(discriminator: str | nn.Module, channels: int) -> Discriminator:
     """The discriminator of that name, or the module itself, wrapped if it has to be."""
     if isinstance(discriminator, nn.Module):
-        return as_discriminator(discriminator)
+        made = as_discriminator(discriminator)
+        made.prepare(channels)
+        return made
     _check_name("discriminator", discriminator, DISCRIMINATORS)
     if discriminator == "head":
         message = (

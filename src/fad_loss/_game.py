@@ -88,9 +88,13 @@ class Game:
         """The same game, with features of 0 where points do not count."""
         return replace(self, student=self.student.filled(), teacher=self.teacher.filled())
 
-    def masks(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    def masks(self, scores: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Which points count on either side, as the keyword of an objective; {} if all do."""
         masks = self.student.mask, self.teacher.mask
+        if scores.dim() == 1 and self.student.offsets is not None:
+            # One score per ragged cloud: nothing else says which of them have points.
+            counted = (self.student.lengths() > 0) & (self.teacher.lengths() > 0)
+            masks = counted.unsqueeze(1), counted.unsqueeze(1)
         return {} if masks == (None, None) else {"mask": masks}
 
     def still(self) -> Game:

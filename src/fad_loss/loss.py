@@ -81,7 +81,7 @@ class FeatureAdversarialLoss(WideBuffers):
             (`HeadDiscriminator`) gets what the adapter makes in those.
         warmup_steps: over so many training steps the student's weight rises linearly to `weight`,
             while the adapter and the discriminator already learn. Without it (0), an adapter that
-            is still random leads the student astray for the first hundred steps.
+            is still random leads the student astray in its first steps.
         gradient_penalty: weight of R1 + R2 in the discriminator's loss.
         penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
         lecam: weight of the LeCam regulariser in the discriminator's loss.
@@ -139,7 +139,7 @@ class FeatureAdversarialLoss(WideBuffers):
         balance: bool = False,
         adapter: str | nn.Module = "linear",
         normalize: bool = True,
-        warmup_steps: int = 100,
+        warmup_steps: int = 500,
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
@@ -298,7 +298,7 @@ class FeatureAdversarialLoss(WideBuffers):
         else:
             scores = self._ask(game, "student")
         real = None if known is None else known.teacher.detach()
-        loss = self.objective.student(scores, real, **game.masks())
+        loss = self.objective.student(scores, real, **game.masks(scores))
         if self._updating:
             if not torch.compiler.is_compiling():
                 self._advice.on_scores(flat(scores))
@@ -316,7 +316,7 @@ class FeatureAdversarialLoss(WideBuffers):
             scores = self._ask(game) if known is None else known
             scores = Scores(scores.student.detach(), scores.teacher.detach())
         fake, real = scores
-        masks = game.masks()
+        masks = game.masks(fake)
         loss = self.objective.discriminator(real, fake, **masks)
         means, separable = separability(real, fake, **masks)
         self._log(

@@ -117,7 +117,8 @@ def test_held_still_lets_gradients_through_and_none_in():
 
 
 def test_a_discriminator_of_ones_own_goes_into_the_loss():
-    fad = FeatureAdversarialLoss(3, 3, discriminator=Norm(), adapter="identity", normalize=False)
+    options = {"adapter": "identity", "normalize": False, "weight": 1.0, "warmup_steps": 0}
+    fad = FeatureAdversarialLoss(3, 3, discriminator=Norm(), **options)
     x = X.clone().requires_grad_()
     fad(x, Y).backward()
     # The hinge's student term is minus the mean score.
@@ -162,4 +163,16 @@ def test_a_game_that_stands_still():
     game = Game.of(x, Y)
     assert game.student.features.requires_grad
     assert not game.still().student.features.requires_grad
-    assert game.masks() == {}
+
+
+def test_which_points_count_is_said_to_objectives():
+    dense, mask = Game.of(X, Y), torch.rand(2, 4) < 0.5
+    assert dense.masks(X[..., 0]) == {}
+    assert Game.of(X, Y, mask=(mask, None)).masks(X[..., 0])["mask"] == (mask, None)
+    # Scores of ragged clouds say themselves how many points there are; those of whole ones do not.
+    pair = (ragged(x.flatten(0, 1), lengths=n) for x, n in ((X, [8, 0]), (Y, [5, 7])))
+    game = Game.of(*pair)
+    assert game.masks(game.student.tensor()) == {}
+    masks = game.masks(torch.zeros(2))["mask"]
+    for one in masks:
+        assert torch.equal(one, torch.tensor([[True], [False]]))

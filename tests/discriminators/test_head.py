@@ -194,7 +194,7 @@ def test_global_features_through_the_loss():
     torch.manual_seed(0)
     head = nn.Sequential(nn.Linear(C, 8), nn.ReLU(), nn.Linear(8, CLASSES))
     student, teacher = torch.randn(6, C, requires_grad=True), torch.randn(6, C)
-    options = {"adapter": "identity", "normalize": False, "weight": 1.0}
+    options = {"adapter": "identity", "normalize": False, "weight": 1.0, "warmup_steps": 0}
     fad = FeatureAdversarialLoss(C, C, discriminator=HeadDiscriminator(head), **options)
     opinion, wanted = head(student).log_softmax(-1), head(teacher).log_softmax(-1)
     divergence = F.kl_div(opinion, wanted, reduction="batchmean", log_target=True)
@@ -270,18 +270,18 @@ def test_layers_that_work_in_place_spoil_nothing():
 
     class Writes(nn.Module):
         def forward(self, x):
-            return x.mul_(2)
+            return x.tanh_()
 
-    class Doubles(nn.Module):
+    class Squashes(nn.Module):
         def forward(self, x):
-            return 2 * x
+            return x.tanh()
 
-    def head(relu, doubles):
+    def head(relu, squash):
         copies = [copy.deepcopy(layer) for layer in layers]
-        return nn.Sequential(relu(), copies[1], relu(), doubles(), copies[3])
+        return nn.Sequential(relu(), copies[1], relu(), squash(), copies[3])
 
     options = {"pool": None, "levels": ("", "1", "2")}
-    expected = HeadDiscriminator(head(nn.ReLU, Doubles), **options)
+    expected = HeadDiscriminator(head(nn.ReLU, Squashes), **options)
     hasty = HeadDiscriminator(head(lambda: nn.ReLU(inplace=True), Writes), **options)
     z, reference = clouds(1, 8, C).float(), clouds(1, 8, C, seed=1).float()
     before = z.clone(), reference.clone()
@@ -335,6 +335,34 @@ def test_levels_through_the_loss():
     student, teacher = torch.randn(4, 6, 3), torch.randn(4, 6, C)
     assert torch.equal(twin.eval()(student, teacher), fad.eval()(student, teacher))
     assert int(fad.discriminator.level_units[0].batches) == 3
+
+
+def test_an_average_of_the_loss_that_began_before_training():
+    """As loops that are written by hand keep one: every buffer has its size from the start."""
+
+    def average(mine, theirs):
+        for average, latest in zip(
+            mine.state_dict().values(), theirs.state_dict().values(), strict=True
+        ):
+            average.copy_(latest)
+
+    for pool, layout in (("max", "bnc"), (None, "bnc"), (None, "bcn")):
+        layers = [nn.Linear(C, 8), nn.Linear(8, CLASSES)]
+        if layout == "bcn":
+            layers = [nn.Conv1d(C, 8, 1), nn.Conv1d(8, CLASSES, 1)]
+        head = nn.Sequential(*layers).double()
+        discriminator = HeadDiscriminator(head, pool=pool, layout=layout, levels=["", "0"])
+        fad = FeatureAdversarialLoss(3, C, discriminator=discriminator).double()
+        twin = copy.deepcopy(fad)
+        assert [len(units.mean) for units in discriminator.level_units] == [C, 8]
+        # What was made room for is no statistic yet.
+        bare = HeadDiscriminator(head, pool=pool, layout=layout, levels=["", "0"])
+        z, reference = clouds(4, 6, C), clouds(4, 6, C, seed=1)
+        assert torch.equal(ask(discriminator, z, reference), ask(bare, z, reference))
+        student, teacher = clouds(4, 6, 3).requires_grad_(), reference
+        fad(student, teacher)
+        average(twin, fad)
+        assert torch.equal(twin.eval()(student, teacher), fad.eval()(student, teacher))
 
 
 def test_levels_do_not_follow_what_does_not_count():

@@ -35,6 +35,7 @@ def run(
     """Values, gradients at the student's features, and those of the parameters, step by step."""
     torch.manual_seed(0)
     discriminator = DISCRIMINATORS[name]()
+    options.setdefault("warmup_steps", 0)
     fad = FeatureAdversarialLoss(STUDENT, TEACHER, discriminator=discriminator, **options)
     generator = torch.Generator().manual_seed(1)
     values, at_student, at_parameters = [], [], []

@@ -77,6 +77,12 @@ class Discriminator(nn.Module, ABC):
         """The scores of both sides; override it to share work between them."""
         return Scores(self.score(game, "student"), self.score(game, "teacher"))
 
+    def prepare(self, channels: int) -> None:
+        """Make room for what features of so many channels will need; the loss calls it when made.
+
+        Buffers that change their size later would not be averaged by an EMA, nor broadcast.
+        """
+
     def observe(self, game: Game) -> None:
         """Follow running statistics; the loss calls it once in every training step, at its end."""
 

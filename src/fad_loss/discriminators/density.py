@@ -130,7 +130,7 @@ class TeacherDiscriminator(Discriminator):
             raise TypeError(message)
         self.mode, self.condition, self.backend = mode, condition, backend
         self.corresponding = condition is not None
-        self.default_weight = 1.0 if self.witness else 30.0 if condition else 10.0
+        self.default_weight = 1.0 if self.witness else 30.0 if condition else 20.0
         self.default_max_points = 16 if condition else 64
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:

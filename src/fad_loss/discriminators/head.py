@@ -195,6 +195,15 @@ class HeadDiscriminator(Discriminator):
             scores = scores - ((own - its) / unit).square().mean(-1)
         return scores
 
+    @torch.no_grad()
+    def prepare(self, channels: int) -> None:
+        """See how wide the levels are for features of so many channels."""
+        if self.levels:
+            like = next((t for t in self.head.buffers() if t.is_floating_point()), torch.zeros(()))
+            _, levels = self._opinion(Points(like.new_zeros(1, 1, channels)), "zeros")
+            for level, units in zip(levels, self.level_units, strict=True):
+                units.resize(level.shape[-1])
+
     def observe(self, game: Game) -> None:
         """Follow the variance of what the levels put out for the teacher."""
         if self.levels:
@@ -312,22 +321,26 @@ class _LevelUnits(Standardize):
 
     def of(self, points: Points) -> Tensor:
         """The running ones; before there are any, those of this batch."""
-        return self.unit() if self.mean.numel() else unit_of(*moments(points))
+        latest = unit_of(*moments(points))
+        if not self.mean.numel():
+            return latest
+        return torch.where(self.batches > 0, self.unit().to(latest.dtype), latest)
 
     def observe(self, points: Points) -> None:
         """Follow the variance of the channels."""
-        if not self.mean.numel():
-            self._resize(points.channels)
+        self.resize(points.channels)
         super().observe(points)
 
-    def _resize(self, channels: int) -> None:
-        self.mean, self.variance = self.mean.new_zeros(channels), self.mean.new_ones(channels)
+    def resize(self, channels: int) -> None:
+        """Make room for so many channels, if there is other or none."""
+        if channels != len(self.mean):
+            self.mean, self.variance = self.mean.new_zeros(channels), self.mean.new_ones(channels)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load, whether more or less was seen before."""
         mean = state_dict.get(f"{prefix}mean")
         if isinstance(mean, Tensor) and mean.dim() == 1:
-            self._resize(len(mean))
+            self.resize(len(mean))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

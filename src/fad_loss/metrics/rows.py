@@ -91,7 +91,12 @@ def row_pair(
 
 
 def centered(rows: Tensor) -> Tensor:
-    """Deviations from the mean row, exactly 0 where they are rounding."""
+    """Deviations from the mean, scaled to at most 1: fourth powers of 1e100 are no numbers."""
+    if rows.numel() == 0:
+        return rows
+    largest = rows.abs().amax()
+    rows = rows / torch.where(largest > 0, largest, 1.0)
     deviation = rows - rows.mean(0)
+    spread = deviation.abs().amax()
     constant = deviation.square().sum() <= CONSTANT**2 * rows.square().sum()
-    return torch.where(constant, 0.0, deviation)
+    return torch.where(constant, 0.0, deviation / torch.where(spread > 0, spread, 1.0))

@@ -67,7 +67,7 @@ def set_distances(
         >>> round(float(set_distances(teacher.mean(1, keepdim=True), teacher)["energy"]), 6)
         1.0
     """
-    names = (which,) if isinstance(which, str) else tuple(which)
+    names = tuple(which) if isinstance(which, (list, tuple)) else (which,)
     chosen = {name: choose("which", name, _DISTANCES) for name in names}
     pair = []
     for name, features in (("student", student), ("teacher", teacher)):
@@ -91,6 +91,9 @@ def set_distances(
         )
         raise ValueError(message)
     values = accurate(pack(pair[1])[0] if is_ragged(pair[1]) else pair[1].flatten(0, 1))
+    largest = values.abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)  # squares of 1e200 are no numbers
+    values = values / largest
     center = values.mean(0)
     spread = (values - center).square().sum(1).mean()
     constant = spread <= CONSTANT**2 * values.square().sum(1).mean()
@@ -98,7 +101,8 @@ def set_distances(
     # A distance of 1 is then the teacher's spread, and epsilon a plain number.
     scale = torch.where(constant, 1.0, spread.sqrt())
     x, y = (
-        pointwise(lambda z: ((accurate(z) - center) / scale).to(z.dtype), cloud) for cloud in pair
+        pointwise(lambda z: ((accurate(z) / largest - center) / scale).to(z.dtype), cloud)
+        for cloud in pair
     )
     x, y = _alike(x, y)
     nothing = _origin(y)
