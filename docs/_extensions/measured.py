@@ -83,7 +83,35 @@ def _accuracy(rows: list[dict[str, Any]]) -> str:
     )
 
 
-SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy}
+def _rows(rows: list[dict[str, Any]]) -> str:
+    return _loops(rows) if "optimizer" in rows[0] else _scenes(rows)
+
+
+def _loops(rows: list[dict[str, Any]]) -> str:
+    """One line for each optimizer, clipping and discriminator, over all scales and precisions."""
+    keys = "optimizer", "clipping", "discriminator"
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["discriminator"]:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    heads = (*keys, "loops", "not finite", "least ahead, points", "mean ahead, points")
+    lines = []
+    for group, those in sorted(groups.items()):
+        ahead = [100 * row["ahead"] for row in those]
+        broken = sum(not row["finite"] for row in those)
+        numbers = f"{min(ahead):+.1f}", f"{sum(ahead) / len(ahead):+.1f}"
+        lines.append((*group, len(those), broken, *numbers))
+    return _table(heads, lines)
+
+
+def _scenes(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("what", "scenes", "median", "of dense"),
+        ((r["what"], r["scenes"], _seconds(r), f"{r['times_dense']:.2f}") for r in rows),
+    )
+
+
+SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy, "rows": _rows}
 
 
 def _benchmarks() -> str:
