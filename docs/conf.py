@@ -34,6 +34,8 @@ myst_heading_anchors = 3
 default_role = "literal"
 
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme = "furo"
 html_title = f"fad_loss {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

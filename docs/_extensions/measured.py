@@ -6,6 +6,7 @@ On GitHub those pages link to the files; here their contents follow. Nothing is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,35 @@ def _accuracy(rows: list[dict[str, Any]]) -> str:
     )
 
 
-SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy}
+def _rows(rows: list[dict[str, Any]]) -> str:
+    return _loops(rows) if "optimizer" in rows[0] else _scenes(rows)
+
+
+def _loops(rows: list[dict[str, Any]]) -> str:
+    """One line for each optimizer, clipping and discriminator, over all scales and precisions."""
+    keys = "optimizer", "clipping", "discriminator"
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["discriminator"]:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    heads = (*keys, "loops", "not finite", "least ahead, points", "mean ahead, points")
+    lines = []
+    for group, those in sorted(groups.items()):
+        ahead = [100 * row["ahead"] for row in those]
+        broken = sum(not row["finite"] for row in those)
+        numbers = f"{min(ahead):+.1f}", f"{sum(ahead) / len(ahead):+.1f}"
+        lines.append((*group, len(those), broken, *numbers))
+    return _table(heads, lines)
+
+
+def _scenes(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("what", "scenes", "median", "of dense"),
+        ((r["what"], r["scenes"], _seconds(r), f"{r['times_dense']:.2f}") for r in rows),
+    )
+
+
+SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy, "rows": _rows}
 
 
 def _benchmarks() -> str:
@@ -101,15 +130,21 @@ def _benchmarks() -> str:
 
 def _study() -> str:
     report = (ROOT / STUDY / "report.md").read_text(encoding="utf-8")
-    # Its images lie beside it.
-    return report.split("<!-- report -->")[1].replace("](", f"](../{STUDY}/")
+    # Its images lie beside it, and are on white ground.
+    return re.sub(
+        r"!\[(\w+)\]\((.*?)\)",
+        rf"![\1](../{STUDY}/\2){{.white}}",
+        report.split("<!-- report -->")[1],
+    )
 
 
 MEASURED = {"benchmarks": _benchmarks, "study-results": _study}
 
 
-def _append(_app: Sphinx, page: str, source: list[str]) -> None:
+def _append(app: Sphinx, page: str, source: list[str]) -> None:
     if page in MEASURED:
+        for file in (*(ROOT / STUDY).glob("report.md"), *(ROOT / BENCHMARKS).glob("*.json")):
+            app.env.note_dependency(str(file))
         source[0] += "\n" + MEASURED[page]()
 
 

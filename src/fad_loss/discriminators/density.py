@@ -232,7 +232,9 @@ class TeacherDiscriminator(Discriminator):
                 z.tensor(), points.tensor(), epsilon, None, log_weights, backend=self.backend
             )
         )
-        scores = -(minimum / minimum.new_tensor(epsilon)).mean(-1)
+        # By numbers, one by one: a tensor made of a list would stop a GPU.
+        ratios = [part / eps for part, eps in zip(minimum.unbind(-1), epsilon, strict=True)]
+        scores = -torch.stack(ratios).mean(0)
         count = points.lengths().clamp_min(1).to(scores.dtype)
         return scores - z.spread(count.log())
 

@@ -234,5 +234,6 @@ def bias_of(
         if look(b) and bool((b.isnan() | (b == torch.inf)).any()):
             message = "log_weights: expected finite values or -inf, got NaN or +inf"
             raise ValueError(message)
-        bias = bias + b.to(dtype).unsqueeze(-1) * b.new_tensor(epsilon, dtype=dtype)
+        # By numbers, one by one: a tensor made of a list would stop a GPU.
+        bias = bias + torch.stack([b.to(dtype) * eps for eps in epsilon], -1)
     return bias.expand(*pair.y.shape[:-1], len(epsilon)).contiguous()

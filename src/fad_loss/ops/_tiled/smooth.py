@@ -204,7 +204,8 @@ def softmin(
                 sums[:, rows, e] += (safe.unsqueeze(-1) - shifted).mul_(1 / eps).exp_().sum(-1)
                 smallest[:, rows, e] = new
     # log(0) = -inf for a row without neighbors: the result is +inf, as it should be.
-    return least - total.log() * total.new_tensor(epsilon), least, total
+    logs = zip(total.log().unbind(-1), epsilon, strict=True)
+    return least - torch.stack([log * eps for log, eps in logs], -1), least, total
 
 
 class _Exponentials:
