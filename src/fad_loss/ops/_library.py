@@ -213,20 +213,8 @@ def kernel_sum_backward(  # type: ignore[no-untyped-def]
 
 
 @kernel_sum_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad,
-    x,
-    y,
-    weights,
-    kernel,
-    parameters,
-    exclude_self,
-    x_offsets,
-    y_offsets,
-    backend,
-    of_y,
-    of_weights,
-):
+def _(grad, x, y, *others: Any):  # type: ignore[no-untyped-def]
+    of_y, of_weights = others[-2:]
     return (
         _wide_empty(x),
         _wide_empty(y, None if of_y else (0,)),
@@ -353,21 +341,8 @@ def softmin_backward(  # type: ignore[no-untyped-def]
 
 
 @softmin_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad,
-    x,
-    y,
-    bias,
-    least,
-    total,
-    epsilon,
-    exclude_self,
-    x_offsets,
-    y_offsets,
-    backend,
-    of_y,
-    of_bias,
-):
+def _(grad, x, y, bias, least, total, epsilon, *others: Any):  # type: ignore[no-untyped-def]
+    of_y, of_bias = others[-2:]
     return (
         _wide_empty(x),
         _wide_empty(y, None if of_y else (0,)),
