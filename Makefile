@@ -31,7 +31,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.with-examples
-	$(BIN)/python examples/distill.py
+	$(BIN)/python examples/distill
 
 test: $(VENV)/.with-dev
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --durations 10
