@@ -6,6 +6,7 @@
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
 #   make docs         the documentation, into docs/_build/html
+#   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
 #   make benchmarks   the operations against their peers, and a training step, on this machine's CPU
 #   make clean        remove what was built (make distclean: .venv too)
 #
@@ -25,7 +26,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel docs benchmarks clean distclean
+.PHONY: help demo test lint format types wheel docs site benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,6 +51,7 @@ types: $(VENV)/.with-dev
 wheel: $(VENV)/.with-dev
 	rm -rf build/wheel dist
 	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python $(PIP_INSTALL) dist/*.whl
 	cd / && $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/.ci/check_wheel.py
@@ -58,12 +60,15 @@ wheel: $(VENV)/.with-dev
 docs: $(VENV)/.with-docs
 	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
 
+site: docs $(VENV)/.with-site
+	$(BIN)/python -m pytest -m browser -p no:xdist tests/test_site.py
+
 benchmarks: $(VENV)/.with-benchmarks
 	$(BIN)/python benchmarks/pairwise.py --device cpu
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf build dist docs/_build .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/_gallery .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
 
 distclean: clean
 	rm -rf $(VENV)
@@ -72,6 +77,7 @@ distclean: clean
 EXTRAS_examples := examples
 EXTRAS_dev := dev,examples
 EXTRAS_docs := docs
+EXTRAS_site := dev,docs,site
 EXTRAS_benchmarks := benchmarks,examples
 
 $(VENV)/.with-%: pyproject.toml constraints.txt | $(BIN)/python
@@ -87,12 +93,13 @@ $(BIN)/python:
 
 # Kernels:
 #
-#   make kernels-report  compile the kernels for sm_80, sm_90, sm_100 without a GPU; write the JSON
-#   make gpu          GPU tests, self-check, sanitizer, benchmarks, with PYTHON's torch, into OUT
+#   make kernels-report  compile the kernels for sm_80 to sm_120 without a GPU; write the JSON
+#   make gpu          GPU tests, self-check, sanitizer, benchmarks, with PYTHON's torch, in calls of
+#                     LIMIT=540 seconds that continue each other (REHEARSE=1: without a GPU)
 .PHONY: kernels-report gpu
 
 kernels-report: $(VENV)/.with-dev
 	$(BIN)/python benchmarks/kernels_report.py
 
 gpu:
-	OUT='$(or $(OUT),build/gpu)' .ci/gpu.sh '$(PYTHON)'
+	OUT='$(OUT)' LIMIT='$(or $(LIMIT),540)' REHEARSE='$(or $(REHEARSE),0)' .ci/gpu.sh '$(PYTHON)'

@@ -1,49 +1,106 @@
 #!/bin/sh
-# Everything that needs a GPU, in under 9 minutes: tests, self-check, sanitizer, benchmarks.
+# Everything that needs a GPU: tests, self-check, sanitizer, accuracy, benchmarks.
 #
-#   OUT=folder .ci/gpu.sh [python]
+#   OUT=folder LIMIT=540 .ci/gpu.sh [python]
 #
-# The JSON and the logs go to $OUT. The python needs torch with CUDA, triton and pytest, and the suite
-# of the operations also hypothesis and numpy; nothing is downloaded. Each part has its own time limit and runs whatever became of those before; the
-# exit status is 1 if any of them failed.
+# A call stops after LIMIT seconds; the next one goes on from there. Kernels compile in parallel,
+# because the tests are dealt out to a few processes (gpu_shares.py), the longest first by the times
+# of earlier calls. Every test's result is a line of JSON as soon as it is there, so that a call that
+# is stopped loses at most the tests that were running. What has passed is not run again, as long as
+# the sources are the same. Results are in build/gpu/SOURCES, and copied to OUT, if that is given.
+#
+# The python needs torch with CUDA, triton, pytest, hypothesis and numpy; nothing is downloaded. With
+# REHEARSE=1 there is no GPU: the tests are run against a stub (tests/kernels/stub.py), to see how
+# long kernels take to compile, and whether all of this works.
+#
+# Exit status: 0 if everything has passed, 1 if something failed, 3 if there is more to do.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${1:-python3}
-OUT=${OUT:-build/gpu}
-mkdir -p "$OUT"
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" FAD_LOSS_CACHE="$OUT/cache"
-status=0
+LIMIT=${LIMIT:-540}
+REHEARSE=${REHEARSE:-0}
+WORKERS=${WORKERS:-$(nproc)}
+[ "$WORKERS" -le 8 ] || WORKERS=8
+sources=$(find src tests benchmarks -name '*.py' -type f | LC_ALL=C sort | xargs cat | sha256sum | cut -c 1-12)
+[ "$REHEARSE" = 0 ] || sources=rehearsal-$sources
+state=build/gpu/$sources
+mkdir -p "$state"
+state=$(cd "$state" && pwd)
+end=$(($(date +%s) + LIMIT))
+export PYTHONPATH="$PWD/src:$PWD/.ci${PYTHONPATH:+:$PYTHONPATH}" FAD_LOSS_CACHE="$state/cache"
+export OMP_NUM_THREADS=1 FAD_GPU_REHEARSE="$REHEARSE"
+running=
+unfinished=0
 
-part() { # name, seconds, command...
+copy() {
+    [ -z "${OUT:-}" ] || { mkdir -p "$OUT" && cp -r "$state/." "$OUT/"; }
+}
+stopped() {
+    for id in $running; do kill "$id" 2>/dev/null; done
+    copy
+    exit 143
+}
+trap stopped TERM INT
+
+left() { echo $((end - $(date +%s))); }
+
+part() { # name, seconds at most, command...
     name=$1 seconds=$2
     shift 2
+    grep -q "\"part\": \"$name\", \"exit\": 0" "$state/parts.jsonl" 2>/dev/null && return
+    if [ "$(left)" -lt 20 ]; then unfinished=1; return; fi
+    [ "$seconds" -le "$(left)" ] || seconds=$(left)
     began=$(date +%s)
-    timeout "$seconds" "$@" >"$OUT/$name.log" 2>&1
+    timeout "$seconds" "$@" >"$state/$name.log" 2>&1 &
+    running=$!
+    wait "$running"
     code=$?
-    [ "$code" -eq 0 ] || status=1
+    running=
+    # Cut off by the end of this call, not by a limit of its own.
+    [ "$code" -ne 124 ] || [ "$(left)" -gt 0 ] || unfinished=1
     printf '{"part": "%s", "exit": %d, "seconds": %d}\n' "$name" "$code" "$(($(date +%s) - began))" |
-        tee -a "$OUT/parts.jsonl"
-    [ "$code" -eq 0 ] || tail -n 15 "$OUT/$name.log"
+        tee -a "$state/parts.jsonl"
+    [ "$code" -eq 0 ] || tail -n 5 "$state/$name.log"
+    copy
 }
 
-: >"$OUT/parts.jsonl"
-$PYTHON -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
+[ "$REHEARSE" = 1 ] || $PYTHON -c 'import torch; raise SystemExit(not torch.cuda.is_available())' ||
     { echo "no CUDA device for $PYTHON: nothing was run" >&2; exit 2; }
-# The options of pyproject.toml want plugins that a bare machine may lack.
-pytest="$PYTHON -m pytest -q -m gpu -p no:cacheprovider -o addopts= -W default"
 
-part self-check 60 sh -c "$PYTHON -m fad_loss --json >'$OUT/self-check.json'"
-part kernels 170 $pytest --noconftest --junitxml="$OUT/kernels.xml" tests/kernels
-part operations 110 $pytest --junitxml="$OUT/operations.xml" tests/ops
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            $PYTHON tests/kernels/sanitized.py
+# The options of pyproject.toml want plugins that a bare machine may lack.
+tests() {
+    share=0
+    while [ "$share" -lt "$WORKERS" ]; do
+        FAD_GPU_SHARE=$share/$WORKERS FAD_GPU_DEADLINE=$((end - 15)) \
+            FAD_GPU_RESULTS=$state/tests-$share.jsonl \
+            timeout -k 5 "$(left)" $PYTHON -m pytest -q -m gpu -p no:cacheprovider -p gpu_shares -o addopts= -W default \
+            --tb=short tests/kernels/test_gpu.py tests/ops >"$state/tests-$share.log" 2>&1 &
+        running="$running $!"
+        share=$((share + 1))
     done
-else
-    echo "compute-sanitizer is not installed: left out" | tee "$OUT/memcheck.log"
+    for id in $running; do wait "$id"; done
+    running=
+}
+tests
+copy
+$PYTHON .ci/gpu_shares.py "$state"
+case $? in
+    0) ;;
+    3) unfinished=1 ;;
+esac
+
+if [ "$REHEARSE" = 0 ]; then
+    part self-check 300 sh -c "$PYTHON -m fad_loss --json >'$state/self-check.json'"
+    for tool in memcheck racecheck; do
+        command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: left out"; break; }
+        part "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            "$PYTHON" tests/kernels/sanitized.py
+    done
+    part accuracy 60 "$PYTHON" benchmarks/pairwise.py --device cuda --accuracy \
+        --output "$state/accuracy.json"
+    part benchmarks 150 "$PYTHON" benchmarks/pairwise.py --device cuda --peers torch --seconds 0.3 \
+        --shapes 1,8192,8192,64 1,8192,8192,256 32,1024,1024,64 --output "$state/pairwise.json"
 fi
-part accuracy 30 $PYTHON benchmarks/pairwise.py --device cuda --accuracy --output "$OUT/accuracy.json"
-part benchmarks 80 $PYTHON benchmarks/pairwise.py --device cuda --peers torch --seconds 0.3 \
-    --shapes 1,8192,8192,64 1,8192,8192,256 32,1024,1024,64 --output "$OUT/pairwise.json"
-exit $status
+copy
+[ "$unfinished" = 0 ] || { echo "there is more to do: call this again"; exit 3; }
+$PYTHON .ci/gpu_shares.py "$state" --quiet

@@ -1,12 +1,14 @@
 """What the kernels compile to, for GPUs that need not be there: registers, spills, instructions.
 
 Every kernel of `fad_loss.ops._triton` and every entry of its table of tiles is compiled for sm_80,
-sm_90 and sm_100, with the arguments that the library itself would pass (recorded from a run on meta
-tensors), the heaviest ones: several temperatures with biases, ragged clouds, exclude_self. Results
-go to a JSON for each version of Triton; what is wrong in it is printed and makes the exit status 1:
+sm_90, sm_100 and sm_120, with the arguments that the library itself would pass (recorded from a run
+on meta tensors), the heaviest ones: several temperatures with biases, ragged clouds, exclude_self.
+Results go to a JSON for each version of Triton; what is wrong in it is printed and makes the exit
+status 1:
 
 - a stack frame (registers spilled to memory), or more shared memory than the GPU has;
-- a missing matrix instruction of the target's own: mma (sm_80), wgmma (sm_90), tcgen05 (sm_100);
+- a missing matrix instruction of the target's own: mma (sm_80 and sm_120), wgmma (sm_90), tcgen05
+  (sm_100);
 - no asynchronous copies (cp.async) into the tiles;
 - a 32-bit number added to a pointer to a whole tensor.
 
@@ -45,10 +47,10 @@ from fad_loss.ops._triton.prepare import padded
 RESULTS = Path(__file__).resolve().parent / "results"
 # A report for each version of Triton.
 NAME = "kernels-report-{}.json"
-ARCHITECTURES = (80, 90, 100)
-# Shared memory of a block, in KiB.
-SHARED = {80: 163, 90: 227, 100: 227}
-MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+ARCHITECTURES = (80, 90, 100, 120)
+# Shared memory of a block, in KiB; on sm_86 and sm_89, which run what is compiled for sm_80, 99.
+SHARED = {80: 99, 90: 227, 100: 227, 120: 99}
+MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 INSTRUCTIONS = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
@@ -231,21 +233,34 @@ def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]
 def identity(case: dict[str, Any]) -> dict[str, Any]:
     """A case with what its compiled form depends on."""
     function, _, tile = launched(case)
-    return {**case, "function": function.fn.__name__, "source": kernels_hash(), "tile": tile}
+    name = function.fn.__name__
+    return {**case, "function": name, "source": fingerprint(name), "tile": tile}
 
 
 @cache
-def kernels_hash() -> str:
-    """A fingerprint of the source of all kernels and what they share."""
-    digest = hashlib.sha256()
+def functions() -> dict[str, ast.FunctionDef]:
+    """The source of every function that Triton compiles, by name."""
+    found = {}
     for path in sorted(Path(_triton.__file__).parent.glob("*.py")):
-        text = path.read_text()
-        for node in ast.parse(text).body:
+        for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and any(
                 "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
             ):
-                digest.update(ast.unparse(node).encode())
-    return digest.hexdigest()[:16]
+                found[node.name] = node
+    return found
+
+
+@cache
+def fingerprint(name: str) -> str:
+    """A fingerprint of the source of a kernel and of the functions that it calls."""
+    waiting, reached = [name], set()
+    while waiting:
+        current = waiting.pop()
+        reached.add(current)
+        names = {n.id for n in ast.walk(functions()[current]) if isinstance(n, ast.Name)}
+        waiting += sorted((names & set(functions())) - reached)
+    text = "".join(ast.unparse(functions()[each]) for each in sorted(reached))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:

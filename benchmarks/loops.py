@@ -5,22 +5,30 @@
 
 A loop is an optimizer (SGD with momentum as DGCNN and pointMLP have it, or AdamW), with or without
 clipping, features of teacher and student of whatever scale, a precision, and a discriminator. Each
-teaches a small network to tell eight kinds of shapes apart, in 300 steps, on the same initial
+teaches a small network to tell four kinds of shapes apart, in 300 steps, on the same initial
 weights, batches and clouds as the student alone in the same loop. What is wanted: no error, nothing
 that is not finite, and for discriminators that do not learn an accuracy that is nowhere more than
 two points below that of the student alone.
+
+FAD_LOSS_SOURCE=folder measures another version, whose ``src`` that is:
+
+    git worktree add /tmp/before v0.1.0
+    FAD_LOSS_SOURCE=/tmp/before/src python benchmarks/loops.py --output loops-before.json
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +40,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, os.environ.get("FAD_LOSS_SOURCE", sys.path[0]))
 
 from fad_loss import FeatureAdversarialLoss, HeadDiscriminator
 from measure import RESULTS, context, save
 
+SOURCE = Path(sys.path[0])
 OPTIMIZERS = ("sgd0.1", "sgd0.02", "adamw0.001")
 CLIPPINGS = ("none", "network", "all")
 SCALES_OF_TEACHER = (1e-3, 1.0, 1e3)
@@ -43,7 +53,7 @@ SCALES_OF_STUDENT = (1e-2, 1.0, 1e2)
 DISCRIMINATORS = ("teacher", "paired", "head", "cloud")
 PRECISIONS = ("float32", "bfloat16")
 LEARNING = {"cloud"}
-KINDS, POINTS, BATCH, STEPS, SHOWN = 8, 64, 32, 300, 2048
+KINDS, POINTS, BATCH, STEPS, SHOWN = 4, 32, 32, 300, 2048
 # Two points, of a hundred.
 TOLERANCE = 0.02
 
@@ -95,7 +105,7 @@ class Rescaled(nn.Module):
 
 
 def clouds(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ellipsoids, boxes and cylinders of two proportions each, and noise: clouds and kinds."""
+    """Ellipsoids, boxes, tubes and octahedra, a little flattened, and noise: clouds and kinds."""
     kind = torch.randint(KINDS, (count,), generator=generator)
     x = torch.randn(count, POINTS, 3, generator=generator)
     unit = x / x.norm(dim=-1, keepdim=True)
@@ -103,11 +113,11 @@ def clouds(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     ring = x[..., :2] / x[..., :2].norm(dim=-1, keepdim=True)
     tube = torch.cat([ring, 2 * torch.rand(count, POINTS, 1, generator=generator) - 1], -1)
     diamond = x / x.abs().sum(-1, keepdim=True)
-    surface = torch.stack([unit, box, tube, diamond], 1)[torch.arange(count), kind // 2]
-    flat = torch.where(kind % 2 == 0, 1.0, 0.45)
+    surface = torch.stack([unit, box, tube, diamond], 1)[torch.arange(count), kind]
+    flat = 0.8 + 0.2 * torch.rand(count, generator=generator)
     stretch = torch.stack([torch.ones(count), flat, torch.ones(count)], -1).unsqueeze(1)
-    size = 0.7 + 0.6 * torch.rand(count, 1, 1, generator=generator)
-    noise = 0.03 * torch.randn(count, POINTS, 3, generator=generator)
+    size = 0.9 + 0.2 * torch.rand(count, 1, 1, generator=generator)
+    noise = 0.02 * torch.randn(count, POINTS, 3, generator=generator)
     return size * surface * stretch + noise, kind
 
 
@@ -146,7 +156,7 @@ def run(loop: Loop, options: dict[str, Any] | None = None) -> dict[str, Any]:
         _TEACHERS[loop.teacher_scale] = taught(loop.teacher_scale)
     teacher = _TEACHERS[loop.teacher_scale]
     torch.manual_seed(3)
-    student = Network(8, loop.student_scale)
+    student = Network(16, loop.student_scale)
     fad = None
     if loop.discriminator is not None:
         judge: Any = loop.discriminator
@@ -219,6 +229,24 @@ def matrix(arguments: argparse.Namespace) -> list[Loop]:
     ]
 
 
+def commit_of(source: Path) -> str:
+    """What is measured."""
+    command = ["git", "-C", str(source), "rev-parse", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def finished(journal: Path, run_of: dict[str, Any]) -> dict[Loop, dict[str, Any]]:
+    """The loops that an earlier call, of the same commit and options, has left behind."""
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    if not lines or json.loads(lines[0]) != run_of:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text(json.dumps(run_of) + "\n")
+        return {}
+    rows = [json.loads(line) for line in lines[1:]]
+    names = [field.name for field in fields(Loop)]
+    return {Loop(**{name: row[name] for name in names}): row for row in rows}
+
+
 def judged(rows: Sequence[dict[str, Any]]) -> None:
     """Add to each row by how much it is ahead of the student alone, and whether that will do."""
     keys = ("optimizer", "clipping", "teacher_scale", "student_scale", "precision")
@@ -278,12 +306,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.balance:
         options["balance"] = True
     loops = matrix(given)
-    console = Console()
-    with ProcessPoolExecutor(given.jobs) as pool:
-        running = pool.map(run, loops, itertools.repeat(options), chunksize=10)
-        rows = list(track(running, "loops", total=len(loops), console=console))
+    where, console = context(torch.device("cpu")), Console()
+    where["commit"] = commit_of(SOURCE)
+    journal = given.output.with_suffix(".jsonl")
+    rows = finished(journal, {"commit": where["commit"], "options": options})
+    open_loops = [loop for loop in loops if loop not in rows]
+    with ProcessPoolExecutor(given.jobs) as pool, journal.open("a") as file:
+        running = pool.map(run, open_loops, itertools.repeat(options))
+        shown = track(running, "loops", total=len(open_loops), console=console)
+        for loop, row in zip(open_loops, shown, strict=True):
+            rows[loop] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    journal.unlink()
+    rows = [rows[loop] for loop in loops]
     judged(rows)
-    save(given.output, {"context": context(torch.device("cpu")), "options": options, "rows": rows})
+    save(given.output, {"context": where, "options": options, "rows": rows})
     console.print(table(rows))
     bad = [row for row in rows if not row["good"]]
     console.print(f"{len(loops)} loops, {len(bad)} not good; {given.output}")

@@ -26,6 +26,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
@@ -294,6 +297,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _matmul_precision() -> str:
+    """By either of PyTorch's two settings: the older one raises once the newer one was set."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
 def context(device: torch.device) -> dict[str, Any]:
     """Where, on what and with what a measurement was made."""
     found: dict[str, Any] = {
@@ -302,7 +313,7 @@ def context(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": _matmul_precision(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _installed(name))},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from pathlib import Path
 
@@ -9,25 +10,32 @@ import fad_loss
 
 HERE = Path(__file__).parent
 
+sys.path.insert(0, str(HERE / "_extensions"))
+
 project = "fad_loss"
 author = "The fad_loss developers"
 project_copyright = f"2026, {author}"
 version = release = fad_loss.__version__
 
 extensions = [
+    "mathml",
+    "measured",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"
 
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme = "furo"
 html_title = f"fad_loss {release}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -41,6 +49,20 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = [(name, "notes_style") for name in ("Shape", "Cost", "Source")]
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "_gallery",
+    "filename_pattern": r"\.py$",
+    "abort_on_example_error": True,
+    "backreferences_dir": None,
+    "capture_repr": (),
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "within_subsection_order": "FileNameSortKey",
+    "write_computation_times": False,
+}
 
 nitpicky = True
 nitpick_ignore: list[tuple[str, str]] = []

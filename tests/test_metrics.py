@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fad_loss import metrics, ragged
-from fad_loss.metrics import cka, knowledge_lost, neighbor_agreement, set_distances
+from fad_loss import ragged
+from fad_loss.metrics import cka, information_lost, neighbor_agreement, set_distances
+from fad_loss.metrics.rows import accurate
 
 
 def points(*shape: int, seed: int = 0) -> Tensor:
@@ -92,7 +93,7 @@ PAIRED = {
     "cka": cka,
     "debiased cka": lambda x, y, **o: cka(x, y, debiased=True, **o),
     "agreement": lambda x, y, **o: neighbor_agreement(x, y, 2, **o),
-    "lost": knowledge_lost,
+    "lost": information_lost,
 }
 
 
@@ -279,7 +280,7 @@ def test_paired_points_must_be_the_same(other):
 # -- Knowledge lost ------------------------------------------------------------------------------
 
 
-def test_knowledge_lost_is_leave_one_out_ridge_regression():
+def test_information_lost_is_leave_one_out_ridge_regression():
     student, teacher = points(15, 3), points(15, 4, seed=1)
     teacher = teacher + 2 * student @ points(3, 4, seed=2)
     best = math.inf
@@ -304,21 +305,21 @@ def test_knowledge_lost_is_leave_one_out_ridge_regression():
             guess = weights[0] + centered[i] @ weights[1:]
             error += (target[i] - guess).square().sum()
         best = min(best, (error / total).item())
-    assert knowledge_lost(student, teacher).item() == pytest.approx(min(best, 1), rel=1e-6)
+    assert information_lost(student, teacher).item() == pytest.approx(min(best, 1), rel=1e-6)
 
 
 def F_pad(penalty: Tensor) -> Tensor:  # noqa: N802
     return torch.cat([torch.zeros(len(penalty), 1, dtype=torch.float64), penalty], 1)
 
 
-def test_knowledge_lost_counts_missing_variance():
+def test_information_lost_counts_missing_variance():
     teacher = points(2000, 8)
-    assert knowledge_lost(teacher, teacher) < 1e-9
-    assert knowledge_lost(teacher @ points(8, 8, seed=3) + 5, teacher) < 1e-6
+    assert information_lost(teacher, teacher) < 1e-9
+    assert information_lost(teacher @ points(8, 8, seed=3) + 5, teacher) < 1e-6
     for kept in (2, 6):
-        lost = knowledge_lost(teacher[:, :kept], teacher).item()
+        lost = information_lost(teacher[:, :kept], teacher).item()
         assert lost == pytest.approx(1 - kept / 8, abs=0.03)
-    unrelated = knowledge_lost(points(2000, 8, seed=4), teacher).item()
+    unrelated = information_lost(points(2000, 8, seed=4), teacher).item()
     assert unrelated == pytest.approx(1, abs=0.01)
     assert unrelated <= 1
 
@@ -327,15 +328,15 @@ def test_many_channels_and_few_clouds_do_not_pretend():
     # Plain regression would fit this perfectly, and plain CKA is near 1.
     student, teacher = points(30, 500), points(30, 500, seed=1)
     assert cka(student, teacher) > 0.9
-    assert knowledge_lost(student, teacher) > 0.9
+    assert information_lost(student, teacher) > 0.9
 
 
-def test_knowledge_lost_ignores_scale_and_shift_of_either_side():
+def test_information_lost_ignores_scale_and_shift_of_either_side():
     student, teacher = points(50, 4), points(50, 6, seed=1)
     teacher[:, :4] += 2 * student
-    expected = knowledge_lost(student, teacher)
+    expected = information_lost(student, teacher)
     assert 0.05 < expected < 0.95
-    moved = knowledge_lost(1e3 * student @ rotation(4) - 7, 1e-3 * teacher @ rotation(6) + 2)
+    moved = information_lost(1e3 * student @ rotation(4) - 7, 1e-3 * teacher @ rotation(6) + 2)
     assert torch.allclose(moved, expected, rtol=1e-6)
 
 
@@ -344,7 +345,7 @@ def test_a_row_that_alone_decides_its_prediction():
     student = torch.zeros(4, 2)
     student[0, 0] = 1
     teacher = points(4, 3)
-    lost = knowledge_lost(student, teacher)
+    lost = information_lost(student, teacher)
     assert 0 <= lost <= 1
 
 
@@ -446,4 +447,22 @@ def test_nothing_is_computed_in_float64_where_there_is_none():
         def to(self, dtype: torch.dtype) -> torch.dtype:
             return dtype
 
-    assert metrics._accurate(Elsewhere()) == torch.float32  # type: ignore[arg-type,comparison-overlap]
+    assert accurate(Elsewhere()) == torch.float32  # type: ignore[arg-type,comparison-overlap]
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100, 1e200])
+def test_extreme_scales_in_float64(scale):
+    """Fourth powers of 1e100 are no numbers."""
+    x = torch.randn(30, 5, dtype=torch.float64)
+    y = x + 0.3 * torch.randn(30, 5, dtype=torch.float64)
+    assert float(cka(x * scale, x)) == pytest.approx(1, abs=1e-12)
+    for compare in (
+        cka,
+        lambda a, b: cka(a, b, debiased=True),
+        lambda a, b: neighbor_agreement(a, b, 3),
+        information_lost,
+    ):
+        assert float(compare(x * scale, y)) == pytest.approx(float(compare(x, y)), rel=1e-9)
+    got = set_distances(x * scale, y * scale)
+    for name, want in set_distances(x, y).items():
+        assert float(got[name]) == pytest.approx(float(want), rel=1e-9)

@@ -1,4 +1,4 @@
-"""The package as its users meet it: its names, the cost of importing it, and its documentation."""
+"""The package as its users meet it: its names, its version, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,6 @@ import pytest
 import fad_loss
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-# Code that a reader sees, and code hidden in a comment that only sets the scene for it.
-CODE = re.compile(r"^```python\n(.*?)^```$|^<!--python\n(.*?)^-->$", re.MULTILINE | re.DOTALL)
 
 
 def _run(*arguments):
@@ -27,59 +24,25 @@ def _run(*arguments):
     ).stdout
 
 
-def _public_modules():
+def public_modules():
     names = (module.name for module in pkgutil.walk_packages(fad_loss.__path__, "fad_loss."))
     public = (name for name in names if not any(p.startswith("_") for p in name.split(".")))
     return [fad_loss, *map(importlib.import_module, public)]
 
 
-def _public_objects(module):
+def public_objects(module):
     """Classes and functions that a module lists in ``__all__``, by name."""
     values = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
     return {k: v for k, v in values.items() if inspect.isclass(v) or inspect.isfunction(v)}
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if CODE.search(p.read_text())], ids=lambda p: p.stem
-)
-def test_code_of_the_documentation_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = page.read_text()
-    scope = {"__name__": "__page__"}
-    for block in CODE.finditer(text):
-        # Blank lines in front, so that a traceback has the line number of the page.
-        line = text.count("\n", 0, block.start()) + 1
-        source = "\n" * line + (block[1] or block[2])
-        exec(compile(source, str(page), "exec"), scope)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_links_of_the_documentation_lead_somewhere(page):
-    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    targets = re.findall(r"\]\((?!https?://|mailto:|#)([^)#\s]+)", prose)
-    assert [t for t in targets if not (page.parent / t).exists()] == []
-
-
-def test_make_commands_of_the_documentation_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        assert set(re.findall(r"`make ([a-z]+)", page.read_text())) <= targets, page
-
-
-@pytest.mark.parametrize("module", _public_modules(), ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", public_modules(), ids=lambda m: m.__name__)
 def test_public_names_exist_and_are_documented(module):
     assert inspect.getdoc(module), f"{module.__name__} does not say what it is for"
     if module.__name__.count(".") < 2:
         assert module.__all__, f"{module.__name__} does not say which of its names are public"
-    for name, value in _public_objects(module).items():
+    for name, value in public_objects(module).items():
         assert inspect.getdoc(value), f"{module.__name__}.{name} has no docstring"
-
-
-def test_every_public_name_has_its_place_in_the_reference():
-    pages = "\n".join(page.read_text() for page in PAGES)
-    named = re.findall(r"^\.\. auto(?:class|function):: \S*?(\w+)(?:\(\))?$", pages, re.MULTILINE)
-    public = {name for module in _public_modules() for name in _public_objects(module)}
-    assert public - set(named) == set()
 
 
 def test_importing_brings_nothing_but_torch():
@@ -103,3 +66,22 @@ def test_importing_leaves_the_random_state_and_the_threads_alone():
         "-c", f"import torch; print({state}); import fad_loss; print({state})"
     ).splitlines()
     assert before == after
+
+
+def test_actions_are_pinned_and_may_only_read():
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = workflow.read_text()
+        used = re.findall(r"uses: (.*)", text)
+        assert used
+        for action in used:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+        assert re.search(r"^permissions:\n  contents: read\n\n", text, re.MULTILINE), workflow
+
+
+def test_versions_of_the_tools_are_pinned():
+    required = metadata.requires("fad-loss") or []
+    wanted = {re.match(r"[\w-]+", requirement)[0] for requirement in required}
+    # torch brings its own, in the versions that it was built with.
+    wanted -= {"triton", "numpy", "expecttest"}
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert wanted - pinned == set()

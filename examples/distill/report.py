@@ -128,7 +128,7 @@ def evaluate(network: Network, clouds: Clouds, points: int) -> Evaluation:
 def compare(row: Row, student: Evaluation, teacher: Evaluation) -> Row:
     """Fill in how much of the teacher's features the student's lack, and what corruption does."""
     ours, theirs = student.features, teacher.features
-    row.information_lost = float(metrics.knowledge_lost(ours, theirs))
+    row.information_lost = float(metrics.information_lost(ours, theirs))
     row.cka = float(metrics.cka(ours, theirs))
     row.neighbor_agreement = float(metrics.neighbor_agreement(ours, theirs, min(10, len(ours) - 1)))
     row.corrupted = student.corrupted

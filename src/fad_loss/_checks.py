@@ -56,6 +56,13 @@ def check_tensor(name: str, tensor: object) -> None:
         raise expected(
             name, "float32, float64, bfloat16 or float16", tensor, remedy, error=TypeError
         )
+    if tensor.is_nested and tensor.layout != torch.jagged:
+        remedy = f"make it with fad_loss.ragged(list({name}.unbind()))"
+        raise expected(name, "a jagged nested tensor", "one of layout strided", remedy)
+    if tensor.layout not in {torch.strided, torch.jagged}:
+        kind = str(tensor.layout).removeprefix("torch.")
+        remedy = f"convert it with {name}.to_dense()"
+        raise expected(name, "a dense tensor", f"one of layout {kind}", remedy, error=TypeError)
 
 
 def count_non_finite(tensor: Tensor) -> Tensor:

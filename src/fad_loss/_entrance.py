@@ -66,7 +66,9 @@ def make_adapter(
 def make_discriminator(discriminator: str | nn.Module, channels: int) -> Discriminator:
     """The discriminator of that name, or the module itself, wrapped if it has to be."""
     if isinstance(discriminator, nn.Module):
-        return as_discriminator(discriminator)
+        made = as_discriminator(discriminator)
+        made.prepare(channels)
+        return made
     _check_name("discriminator", discriminator, DISCRIMINATORS)
     if discriminator == "head":
         message = (
@@ -131,10 +133,11 @@ def enter(
     mask: Any,
     positions: Any,
 ) -> Game:
-    """Both sides' points as they came, if they belong together."""
+    """Both sides' points as they came, if they belong together; not yet filled."""
     masks, places = both_sides("mask", mask), both_sides("positions", positions)
-    fake = Points.of(student, masks[0], places[0], layout=loss.layout, name="student")
-    real = Points.of(teacher, masks[1], places[1], layout=loss.layout, name="teacher").detach()
+    layout = loss.layout
+    fake = Points.unfilled(student, masks[0], places[0], layout=layout, name="student")
+    real = Points.unfilled(teacher, masks[1], places[1], layout=layout, name="teacher").detach()
     for name, points, given, channels in (
         ("student", fake, student, loss.student_channels),
         ("teacher", real, teacher, loss.teacher_channels),

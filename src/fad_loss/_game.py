@@ -22,6 +22,12 @@ class Game:
         student: the student's points; scores carry a gradient to their features.
         teacher: the teacher's points of the same clouds.
         labels: the class of each cloud, ``(B,)``, or of each point, or None.
+
+    Example:
+        >>> import torch
+        >>> game = Game.of(torch.zeros(2, 5, 3), torch.zeros(2, 7, 3))
+        >>> game.points("teacher").features.shape
+        torch.Size([2, 7, 3])
     """
 
     student: Points
@@ -78,9 +84,17 @@ class Game:
             return replace(self, student=self.student.with_features(features))
         return replace(self, teacher=self.teacher.with_features(features))
 
-    def masks(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    def filled(self) -> Game:
+        """The same game, with features of 0 where points do not count."""
+        return replace(self, student=self.student.filled(), teacher=self.teacher.filled())
+
+    def masks(self, scores: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Which points count on either side, as the keyword of an objective; {} if all do."""
         masks = self.student.mask, self.teacher.mask
+        if scores.dim() == 1 and self.student.offsets is not None:
+            # One score per ragged cloud: nothing else says which of them have points.
+            counted = (self.student.lengths() > 0) & (self.teacher.lengths() > 0)
+            masks = counted.unsqueeze(1), counted.unsqueeze(1)
         return {} if masks == (None, None) else {"mask": masks}
 
     def still(self) -> Game:

@@ -82,6 +82,13 @@ class Points:
             is 0 in `features`.
         positions: where the points lie, ``(B, N, D)`` or ``(P, D)``, or None.
         bounds: the least and the largest number of points of a packed cloud, where known.
+        is_global: whether these were global features ``(B, C)``, one of each cloud: the batch is
+            the set.
+
+    Example:
+        >>> points = Points.of(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]) > 0)
+        >>> points.lengths(), points.mean(points.features)
+        (tensor([2]), tensor([[2.]]))
     """
 
     features: Tensor
@@ -89,6 +96,7 @@ class Points:
     mask: Tensor | None = None
     positions: Tensor | None = None
     bounds: tuple[int | None, int | None] = (None, None)
+    is_global: bool = False
 
     @staticmethod
     def of(
@@ -104,6 +112,21 @@ class Points:
         Of ragged clouds, points that a mask says do not count are left out, which on a GPU waits
         for the device.
         """
+        return Points.unfilled(features, mask, positions, layout=layout, name=name).filled()
+
+    @staticmethod
+    def unfilled(
+        features: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        *,
+        layout: str,
+        name: str,
+    ) -> Points:
+        """The same as `of`, but what does not count is still as it came: to be drawn from.
+
+        Of a large scene only a few points are drawn, and nothing else need be touched.
+        """
         points = as_points(features, layout, name)
         if mask is not None:
             mask = _as_mask(mask, points, f"mask of the {name}")
@@ -114,9 +137,7 @@ class Points:
             bounds = points._maybe_min_seqlen, points._maybe_max_seqlen  # type: ignore[attr-defined]
             ragged = Points(values, offsets, positions=positions, bounds=bounds)
             return ragged if mask is None else ragged.only(mask)
-        if mask is not None:
-            points = torch.where(mask.unsqueeze(-1), points, 0)
-        return Points(points, None, mask, positions)
+        return Points(points, None, mask, positions, is_global=features.dim() == 2)
 
     # ------------------------------------------------------------------------- what they are
 
@@ -167,6 +188,10 @@ class Points:
     def map(self, function: Callable[[Tensor], Tensor]) -> Points:
         """The same points with a function of each one's features."""
         return self.with_features(function(self.features))
+
+    def filled(self) -> Points:
+        """The same points, with features of 0 where they do not count."""
+        return self if self.mask is None else self.map(lambda values: self.fill(values, 0))
 
     def detach(self) -> Points:
         """The same points, without a graph."""

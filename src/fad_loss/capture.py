@@ -173,6 +173,14 @@ class CapturedFeatures(Mapping[str, Any]):
 
     A mapping of the layers that have been called since the model's latest run began, a context
     manager, and a handle with `remove`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU())
+        >>> features = capture_features(model, "0")
+        >>> _ = model(torch.zeros(4, 3))
+        >>> features["0"].shape
+        torch.Size([4, 8])
+        >>> features.remove()
     """
 
     def __init__(

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fad_loss import ops
 from fad_loss._checks import check_tensor, look
-from fad_loss._errors import choose, describe
+from fad_loss._errors import choose, describe, expected, switch
 from fad_loss._ragged import cloud_lengths, cloud_mean, is_ragged, pack, per_point, pointwise
-from fad_loss.ops import _check_pair, _Pair
-from fad_loss.ops.kernels import Energy, Kernel, _positive
+from fad_loss.ops._inputs import Pair, check_pair
+from fad_loss.ops.kernels import Energy, Kernel, _positive, bandwidth_range, within_range
 
 __all__ = ["chamfer", "energy", "mmd", "sinkhorn"]
 
@@ -81,6 +81,7 @@ def chamfer(x: Tensor, y: Tensor, *, reduction: str = "mean", backend: str = "au
         >>> chamfer(x, y)
         tensor(2.5000)
     """
+    choose("reduction", reduction, _REDUCTIONS)
     _check_sets(x, y)
     forth, _ = ops.nearest(x, y, backend=backend)
     back, _ = ops.nearest(y, x, backend=backend)
@@ -160,6 +161,8 @@ def mmd(
         >>> mmd(x, x, ops.Gaussian(1.0))
         tensor(0.)
     """
+    switch("unbiased", unbiased)
+    choose("reduction", reduction, _REDUCTIONS)
     _check_sets(x, y)
     across = cloud_mean(ops.kernel_mean(x, y, kernel, backend=backend))
     within = _within("x", x, kernel, unbiased, backend) + _within("y", y, kernel, unbiased, backend)
@@ -246,8 +249,11 @@ def sinkhorn(
         tensor(1.)
     """
     _check_sets(x, y)
-    pair = _check_pair(x, y, exclude_self=False)
-    _positive("epsilon", epsilon)
+    pair = check_pair(x, y)
+    within_range("epsilon", [_positive("epsilon", epsilon)], pair.x.dtype, power=2)
+    switch("debiased", debiased)
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise expected("scaling", "a number between 0 and 1", describe(scaling), error=TypeError)
     if not 0 < scaling < 1:
         message = f"scaling: expected a number between 0 and 1, got {scaling!r}"
         raise ValueError(message)
@@ -268,6 +274,7 @@ def sinkhorn(
     choose("reduction", reduction, _REDUCTIONS)
     with torch.no_grad():
         widest = _diameter(pair) if diameter is None else _positive("diameter", diameter)
+        widest = min(widest, bandwidth_range(pair.x.dtype)[1])
         schedule = _schedule(widest, epsilon, scaling)
         solve = _Solver(schedule, epsilon, max_iterations, tolerance, backend)
         f, g = solve.pair(x.detach(), y.detach())
@@ -332,7 +339,7 @@ def _once(t: Tensor) -> Tensor:
     return pointwise(hold, t)
 
 
-def _diameter(pair: _Pair) -> float:
+def _diameter(pair: Pair) -> float:
     """An upper bound on the distance of two points of one cloud: the diagonal of all of them."""
     points = torch.cat([pair.x.flatten(0, -2), pair.y.flatten(0, -2)])
     extent = points.amax(0).double() - points.amin(0).double()

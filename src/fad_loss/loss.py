@@ -80,7 +80,8 @@ class FeatureAdversarialLoss(WideBuffers):
             that the scale of neither matters. A discriminator that wants the teacher's own units
             (`HeadDiscriminator`) gets what the adapter makes in those.
         warmup_steps: over so many training steps the student's weight rises linearly to `weight`,
-            while the discriminator already learns.
+            while the adapter and the discriminator already learn. Without it (0), an adapter that
+            is still random leads the student astray in its first steps.
         gradient_penalty: weight of R1 + R2 in the discriminator's loss.
         penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
         lecam: weight of the LeCam regulariser in the discriminator's loss.
@@ -138,7 +139,7 @@ class FeatureAdversarialLoss(WideBuffers):
         balance: bool = False,
         adapter: str | nn.Module = "linear",
         normalize: bool = True,
-        warmup_steps: int = 0,
+        warmup_steps: int = 500,
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
@@ -297,7 +298,7 @@ class FeatureAdversarialLoss(WideBuffers):
         else:
             scores = self._ask(game, "student")
         real = None if known is None else known.teacher.detach()
-        loss = self.objective.student(scores, real, **game.masks())
+        loss = self.objective.student(scores, real, **game.masks(scores))
         if self._updating:
             if not torch.compiler.is_compiling():
                 self._advice.on_scores(flat(scores))
@@ -315,7 +316,7 @@ class FeatureAdversarialLoss(WideBuffers):
             scores = self._ask(game) if known is None else known
             scores = Scores(scores.student.detach(), scores.teacher.detach())
         fake, real = scores
-        masks = game.masks()
+        masks = game.masks(fake)
         loss = self.objective.discriminator(real, fake, **masks)
         means, separable = separability(real, fake, **masks)
         self._log(
@@ -386,7 +387,7 @@ class FeatureAdversarialLoss(WideBuffers):
             self._advice.on_parameters(self, self._made_with, student)
         if self.training and self.max_points is not None and student.dim() > 2:
             game = entrance.draw(game, self.max_points, self.discriminator)
-        game = entrance.correspond(game, self.discriminator)
+        game = entrance.correspond(game.filled(), self.discriminator)
         game, small = entrance.without_small_clouds(game, self.discriminator)
         entrance.check_points(game)
         self._log(weight=weight, small_clouds=small)

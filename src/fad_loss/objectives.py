@@ -73,6 +73,16 @@ class Objective(ABC):
     Attributes:
         needs_real: whether the student's term depends on the scores of real features. If not, they
             are not computed for it.
+
+    Example:
+        >>> class Plain(Objective):
+        ...     def student(self, fake, real=None, mask=(None, None)):
+        ...         return -fake.mean()
+        ...
+        ...     def discriminator(self, real, fake, mask=(None, None)):
+        ...         return fake.mean() - real.mean()
+        >>> Plain().student(torch.tensor([1.0, 3.0]))
+        tensor(-2.)
     """
 
     needs_real: ClassVar[bool] = False

@@ -28,10 +28,10 @@ def r1(scores: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""Half the expected squared norm of the gradient of the score, at the teacher's features.
 
     .. math::
-        R_1 = \frac{1}{2B} \sum_b \Big\| \frac{\partial D_b}{\partial z_b} \Big\|^2
+        R_1 = \frac{1}{2B} \sum_b \left\| \frac{\partial D_b}{\partial z_b} \right\|^2
         \quad \text{for scores } (B,), \qquad
         R_1 = \frac{1}{2B} \sum_b \frac{1}{N_b} \sum_i
-        \Big\| \frac{\partial \sum_l D_{bl}}{\partial z_{bi}} \Big\|^2
+        \left\| \frac{\partial \sum_l D_{bl}}{\partial z_{bi}} \right\|^2
         \quad \text{for scores } (B, N) \text{ or ragged.}
 
     The result can be differentiated (the graph is kept). Squares are summed in float32 at least.
@@ -83,6 +83,9 @@ def r1(scores: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
 def r2(scores: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
     r"""The same as `r1`, at the student's features.
 
+    .. math::
+        R_2 = \frac{1}{2B} \sum_b \left\| \frac{\partial D_b}{\partial s_b} \right\|^2
+
     R3GAN penalises both, which makes the game converge where R1 alone does not.
 
     Args:
@@ -111,6 +114,8 @@ def penalized_scores(
     score: Callable[[Tensor], Tensor], features: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Score features and compute the gradient penalty `r1` of the scores in one go.
+
+    .. math:: D, \quad \frac{1}{2B} \sum_b \left\| \frac{\partial D_b}{\partial z_b} \right\|^2
 
     The same numbers as `r1`, from a function instead of from a finished graph. For dense features
     that can be compiled without breaking the graph. `features` need not require grad.

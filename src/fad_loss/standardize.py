@@ -66,7 +66,7 @@ class Standardize(WideBuffers):
     @torch.no_grad()
     def observe(self, points: Points) -> None:
         """Follow the mean and variance of the channels, over the points that count."""
-        mean, variance = _moments(points.detach().map(lambda values: values.to(self.mean.dtype)))
+        mean, variance = moments(points.detach().map(lambda values: values.to(self.mean.dtype)))
         finite = torch.isfinite(mean + variance).all()
         if points.mask is not None:
             finite = finite & points.mask.any()
@@ -84,22 +84,26 @@ class Standardize(WideBuffers):
     def forward(self, points: Points) -> Points:
         """The points with features in units of their spread."""
         dtype = points.features.dtype
-        center, unit = self.mean.to(dtype), _unit(self.mean, self.variance).to(dtype)
+        center, unit = self.mean.to(dtype), self.unit().to(dtype)
         if not (self.training and points.features.requires_grad and torch.is_grad_enabled()):
             # The mean goes first: (x - mean) keeps digits that x * scale - mean * scale has lost.
             return points.map(lambda values: (values - center) / unit)
-        mean, variance = _moments(points)
-        spread = _unit(mean, variance)
+        mean, variance = moments(points)
+        spread = unit_of(mean, variance)
         ratio, shift = spread.detach() / unit, (mean.detach() - center) / unit
         return points.map(lambda values: (values - mean) / spread * ratio + shift)
 
+    def unit(self) -> Tensor:
+        """What one unit is in the features' own, ``(C,)``."""
+        return unit_of(self.mean, self.variance)
+
     def restore(self, units: Tensor) -> Tensor:
         """The inverse of `forward`."""
-        unit = _unit(self.mean, self.variance)
+        unit = self.unit()
         return torch.addcmul(self.mean.to(units.dtype), units, unit.to(units.dtype))
 
 
-def _moments(points: Points) -> tuple[Tensor, Tensor]:
+def moments(points: Points) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel, over the points that count."""
     values = points.features.flatten(0, -2)
     if points.mask is None:
@@ -112,7 +116,7 @@ def _moments(points: Points) -> tuple[Tensor, Tensor]:
     return mean, torch.where(counted, (values - mean).square(), 0).sum(0) / count
 
 
-def _unit(mean: Tensor, variance: Tensor) -> Tensor:
-    """What one unit is in the features' own, ``(C,)``."""
+def unit_of(mean: Tensor, variance: Tensor) -> Tensor:
+    """What one unit of channels with this mean and variance is, ``(C,)``."""
     least = _FLOOR * variance.mean() + _RESOLUTION * mean.square().mean()
     return torch.where(least > 0, variance + least, 1.0).sqrt()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fad_loss.discriminators.cloud import CloudDiscriminator
-from fad_loss.discriminators.head import HeadDiscriminator
-from fad_loss.discriminators.neighborhood import NeighborhoodDiscriminator
-from fad_loss.discriminators.point import PointDiscriminator
+from fad_loss.discriminators import (
+    CloudDiscriminator,
+    Discriminator,
+    Game,
+    HeadDiscriminator,
+    NeighborhoodDiscriminator,
+    PointDiscriminator,
+)
 
 C = 5
 CLASSES = 7
@@ -40,6 +44,10 @@ FROZEN = {
     "head of points and labels": lambda: HeadDiscriminator(
         classifier(), pool=None, target="labels"
     ),
+    "head with levels": lambda: HeadDiscriminator(classifier(), levels=("", "2")),
+    "head of points with levels": lambda: HeadDiscriminator(
+        classifier(), pool=None, levels=["0", "4"]
+    ),
 }
 EVERY = {
     **{
@@ -49,12 +57,15 @@ EVERY = {
     },
     **FROZEN,
 }
-CONDITIONED = [name for name in EVERY if "everything" in name or "head" in name]
 
 
-def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def build(name: str, dtype: torch.dtype = torch.float64) -> Discriminator:
     torch.manual_seed(0)
-    return EVERY[name]().to(dtype)
+    discriminator = EVERY[name]().to(dtype)
+    # Levels are compared in units of what was seen before.
+    seen = clouds(3, 8, C, seed=2, dtype=dtype)
+    discriminator.observe(Game.of(seen, seen))
+    return discriminator
 
 
 def clouds(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -62,7 +73,10 @@ def clouds(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def inputs(name: str, B: int = 3, N: int = 8, dtype: torch.dtype = torch.float64):
+def inputs(
+    name: str, B: int = 3, N: int = 8, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher and labels."""
     # A head without pooling compares point by point.
     M = N if "points" in name else 10
     labels = torch.arange(B) % CLASSES
@@ -73,9 +87,21 @@ def inputs(name: str, B: int = 3, N: int = 8, dtype: torch.dtype = torch.float64
     )
 
 
+def ask(
+    discriminator: Discriminator,
+    student: Tensor,
+    teacher: Tensor | None = None,
+    labels: Tensor | None = None,
+    **options: object,
+) -> Tensor:
+    """The student's scores; of discriminators that never look at the teacher, without one."""
+    teacher = student.detach() if teacher is None else teacher
+    return discriminator(Game.of(student, teacher, labels, **options), "student")
+
+
 def scored_per_cloud(name: str) -> bool:
-    return name.startswith("cloud") or name in {"head", "head of labels"}
+    return name.startswith("cloud") or ("head" in name and "points" not in name)
 
 
-def everything(name: str) -> nn.Module:
+def everything(name: str) -> Discriminator:
     return LEARNED[name](**OPTIONS["everything"])

@@ -9,26 +9,65 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from fad_loss import ragged
+from fad_loss.discriminators import Discriminator, Game
+from fad_loss.discriminators.base import held_still
 from fad_loss.penalties import penalized_scores, r1
 
-from .cases import CLASSES, EVERY, C, build, clouds, inputs, scored_per_cloud
+from .cases import CLASSES, EVERY, C, ask, build, clouds, inputs, scored_per_cloud
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_permuting_points_permutes_scores(name):
     discriminator = build(name).eval()
     z, reference, labels = inputs(name)
-    scores = discriminator(z, reference=reference, labels=labels)
+    scores = ask(discriminator, z, reference, labels)
     assert scores.shape == ((3,) if scored_per_cloud(name) else (3, 8))
     assert scores.std() > 0
     order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
     paired = reference[:, order] if reference.shape[1] == 8 else reference.flip(1)
-    permuted = discriminator(z[:, order], reference=paired, labels=labels)
+    permuted = ask(discriminator, z[:, order], paired, labels)
     expected = scores if scored_per_cloud(name) else scores[:, order]
     assert torch.allclose(permuted, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_both_sides_are_scored_as_each_is(name):
+    discriminator = build(name).eval()
+    z, reference, labels = inputs(name)
+    z, reference = z.requires_grad_(), reference.requires_grad_()
+    game = Game.of(z, reference, labels)
+    together = discriminator(game)
+    for mine, side in zip(together, ("student", "teacher"), strict=True):
+        alone = discriminator(game, side)
+        torch.testing.assert_close(mine, alone)
+        leaf = game.points(side).features
+        gradients = [torch.autograd.grad(s.sum(), leaf, retain_graph=True) for s in (mine, alone)]
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_masked_clouds_are_ragged_ones(name):
+    discriminator = build(name).eval()
+    z, reference, labels = inputs(name)
+    z = z.requires_grad_()
+    padded, cut, masks = [], [], []
+    for x in (z, reference):
+        mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(4)) < 0.6
+        mask[1] = torch.arange(x.shape[1]) % 5 == 2  # fewer than a neighbourhood
+        padded.append(x.masked_fill(~mask[..., None], 99.0))
+        cut.append(ragged(x[mask], lengths=mask.sum(1)))
+        masks.append(mask)
+    masked = discriminator(Game.of(*padded, labels, mask=tuple(masks)))
+    if not scored_per_cloud(name):
+        masked = [scores[mask] for scores, mask in zip(masked, masks, strict=True)]
+    packed = [s.values() if s.is_nested else s for s in discriminator(Game.of(*cut, labels))]
+    for mine, other in zip(masked, packed, strict=True):
+        torch.testing.assert_close(mine, other)
+    gradients = [torch.autograd.grad(scores[0].sum(), z)[0] for scores in (masked, packed)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -36,9 +75,9 @@ def test_clouds_do_not_see_each_other(name):
     discriminator = build(name).train()
     z, reference, labels = inputs(name)
     # The power iteration moves the weights in training mode: compare copies.
-    together = copy.deepcopy(discriminator)(z, reference, labels)
+    together = ask(copy.deepcopy(discriminator), z, reference, labels)
     alone = [
-        copy.deepcopy(discriminator)(z[b : b + 1], reference[b : b + 1], labels[b : b + 1])
+        ask(copy.deepcopy(discriminator), z[b : b + 1], reference[b : b + 1], labels[b : b + 1])
         for b in range(3)
     ]
     assert torch.allclose(together, torch.cat(alone), rtol=1e-10)
@@ -53,11 +92,13 @@ def test_ragged_equals_a_loop_over_clouds(name, lengths):
     others = lengths if "points" in name else [length + 2 for length in lengths]
     reference = clouds(sum(others), C, seed=1)
     labels = torch.arange(len(lengths)) % CLASSES
-    scores = discriminator(ragged(z, lengths=lengths), ragged(reference, lengths=others), labels)
+    scores = ask(
+        discriminator, ragged(z, lengths=lengths), ragged(reference, lengths=others), labels
+    )
     assert scores.is_nested != scored_per_cloud(name)
     packed = scores.values() if scores.is_nested else scores
     loop = [
-        discriminator(part[None], other[None], labels[b : b + 1]).flatten()
+        ask(discriminator, part[None], other[None], labels[b : b + 1]).flatten()
         for b, (part, other) in enumerate(
             zip(z.split(lengths), reference.split(others), strict=True)
         )
@@ -75,10 +116,10 @@ def test_an_empty_ragged_cloud_changes_nothing_for_the_others(name):
     z, reference = clouds(6, C).requires_grad_(), clouds(6, C, seed=1)
     labels = torch.tensor([2, 0, 5])
     holes = [2, 0, 4]
-    scores = discriminator(ragged(z, lengths=holes), ragged(reference, lengths=holes), labels)
+    scores = ask(discriminator, ragged(z, lengths=holes), ragged(reference, lengths=holes), labels)
     packed = scores.values() if scores.is_nested else scores[[0, 2]]
-    full = discriminator(
-        ragged(z, lengths=[2, 4]), ragged(reference, lengths=[2, 4]), labels[[0, 2]]
+    full = ask(
+        discriminator, ragged(z, lengths=[2, 4]), ragged(reference, lengths=[2, 4]), labels[[0, 2]]
     )
     assert torch.allclose(packed, full.values() if full.is_nested else full, rtol=1e-10)
     if not scores.is_nested:
@@ -93,13 +134,14 @@ def test_gradients_match_finite_differences_twice(name):
     discriminator = build(name).eval()
     z, reference, labels = inputs(name, B=1, N=4)
     z = z.requires_grad_()
-    assert torch.autograd.gradcheck(lambda v: discriminator(v, reference, labels), z)
+    assert torch.autograd.gradcheck(lambda v: ask(discriminator, v, reference, labels), z)
     names = [key for key, _ in discriminator.named_parameters()]
     values = tuple(p.detach().clone().requires_grad_() for p in discriminator.parameters())
 
     def penalty(*parameters: Tensor) -> Tensor:
         state = dict(zip(names, parameters, strict=True))
-        scores = torch.func.functional_call(discriminator, state, (z, reference, labels))
+        game = Game.of(z, reference, labels)
+        scores = torch.func.functional_call(discriminator, state, (game, "student"))
         return r1(scores, z)
 
     if values and "everything" not in name:
@@ -115,20 +157,18 @@ def test_detached_parameters_and_cloned_buffers(name):
     z, reference, labels = inputs(name)
     z = z.requires_grad_()
     before = copy.deepcopy(discriminator.state_dict())
-    state = {key: value.detach() for key, value in discriminator.named_parameters()}
-    state.update({key: value.clone() for key, value in discriminator.named_buffers()})
-    scores = torch.func.functional_call(
-        discriminator, state, (z,), {"reference": reference, "labels": labels}
-    )
+    scores = held_still(discriminator, Game.of(z, reference, labels), "student")
     scores.sum().backward()
     assert z.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in discriminator.parameters())
     for key, value in discriminator.state_dict().items():
         assert torch.equal(value, before[key])
-    assert torch.equal(scores, discriminator(z, reference, labels))
+    assert torch.equal(scores, ask(discriminator, z, reference, labels))
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if "everything" in name] + ["head"])
+@pytest.mark.parametrize(
+    "name", [name for name in EVERY if "everything" in name] + ["head", "head with levels"]
+)
 def test_compiles_without_a_break(name):
     torch.compiler.reset()
     discriminator = build(name, torch.float32).train()
@@ -137,13 +177,11 @@ def test_compiles_without_a_break(name):
     z = z.requires_grad_()
 
     # Both terms of the loss for one of them; the others in the way that is new about them.
-    def step(module: nn.Module, features: Tensor) -> tuple[Tensor, ...]:
+    def step(module: Discriminator, features: Tensor) -> tuple[Tensor, ...]:
+        game = Game.of(features, reference, labels)
         if "point" not in name:
-            return (module(features, reference, labels),)
-        state = {key: value.detach() for key, value in module.named_parameters()}
-        state.update({key: value.clone() for key, value in module.named_buffers()})
-        fixed = torch.func.functional_call(module, state, (features, reference, labels))
-        return fixed, module(features, reference, labels)
+            return tuple(module(game))
+        return held_still(module, game, "student"), *module(game)
 
     expected = step(twin, z)
     backend = "aot_eager" if "point" in name else "eager"
@@ -151,7 +189,9 @@ def test_compiles_without_a_break(name):
     for mine, other in zip(compiled, expected, strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
     gradients = [
-        torch.autograd.grad(sum(map(torch.sum, scores)), [z, *module.parameters()])
+        torch.autograd.grad(
+            sum(s.sum() for s in scores if s.requires_grad), [z, *module.parameters()]
+        )
         for scores, module in ((compiled, discriminator), (expected, twin))
     ]
     for mine, other in zip(*gradients, strict=True):
@@ -169,7 +209,7 @@ def test_ragged_clouds_compile_without_a_break():
 
     def score(z: Tensor, offset: Tensor) -> Tensor:
         cloud = ragged(z, offset=offset)
-        return discriminator(cloud, ragged(reference, lengths=[7, 8]), labels).values()
+        return ask(discriminator, cloud, ragged(reference, lengths=[7, 8]), labels).values()
 
     offset = torch.tensor([5, 12])
     compiled = torch.compile(score, backend="eager", fullgraph=True)(values, offset)
@@ -182,9 +222,9 @@ def test_autocast(name):
     discriminator = build(name, torch.float32).eval()
     z, reference, labels = inputs(name, dtype=torch.float32)
     z = z.requires_grad_()
-    expected = discriminator(z, reference, labels)
+    expected = ask(discriminator, z, reference, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = discriminator(z, reference, labels)
+        scores = ask(discriminator, z, reference, labels)
         penalty = r1(scores, z)
     assert torch.allclose(scores.float(), expected, rtol=0.05, atol=0.1)
     assert penalty.dtype == torch.float32
@@ -198,8 +238,8 @@ def test_the_compilable_penalty_agrees(name):
     discriminator = build(name).eval()
     z, reference, labels = inputs(name)
     leaf = z.clone().requires_grad_()
-    expected = r1(discriminator(leaf, reference, labels), leaf)
-    _, penalty = penalized_scores(lambda v: discriminator(v, reference, labels), z)
+    expected = r1(ask(discriminator, leaf, reference, labels), leaf)
+    _, penalty = penalized_scores(lambda v: ask(discriminator, v, reference, labels), z)
     assert torch.allclose(penalty, expected, rtol=1e-10)
 
 
@@ -207,7 +247,7 @@ def test_the_compilable_penalty_agrees(name):
 def test_state_copies_and_pickles(name):
     discriminator = build(name).eval()
     arguments = inputs(name)
-    expected = discriminator(*arguments)
+    expected = ask(discriminator, *arguments)
     file = io.BytesIO()
     torch.save(discriminator.state_dict(), file)
     file.seek(0)
@@ -217,7 +257,7 @@ def test_state_copies_and_pickles(name):
         other,
         copy.deepcopy(discriminator),
     ):
-        assert torch.equal(twin(*arguments), expected)
+        assert torch.equal(ask(twin, *arguments), expected)
     assert discriminator.__class__.__name__ in repr(discriminator)
 
 
@@ -225,8 +265,8 @@ def test_state_copies_and_pickles(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(name, dtype):
     discriminator = build(name, dtype).eval()
-    scores = discriminator(*inputs(name, dtype=dtype))
-    expected = build(name).eval()(*inputs(name))
+    scores = ask(discriminator, *inputs(name, dtype=dtype))
+    expected = ask(build(name).eval(), *inputs(name))
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     assert torch.allclose(scores.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -237,5 +277,5 @@ def test_non_contiguous_features():
         z, reference, labels = inputs(name)
         strided = z.mT.contiguous().mT
         assert not strided.is_contiguous()
-        expected = discriminator(z, reference, labels)
-        assert torch.allclose(discriminator(strided, reference, labels), expected)
+        expected = ask(discriminator, z, reference, labels)
+        assert torch.allclose(ask(discriminator, strided, reference, labels), expected)

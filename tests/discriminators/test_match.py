@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fad_loss import FeatureAdversarialLoss, MatchDiscriminator, distances, ragged
+from fad_loss.discriminators import Game
 
 B, N, M, C = 4, 7, 9, 5
 DISTANCES = ("pooled", "energy", "chamfer")
@@ -20,13 +21,17 @@ def clouds(seed=0, count=B, points=N, dtype=torch.float64):
     return (places + 0.5 * spread).to(dtype)
 
 
+def of_student(discriminator, x, y, **options):
+    return discriminator(Game.of(x, y, **options), "student")
+
+
 def pooled(x):
     return torch.cat([x.mean(1), x.amax(1)], -1)
 
 
 def by_hand(distance, x, y):
     """All distances, pair by pair, in their unit."""
-    result = torch.zeros(len(x), len(y), dtype=x.dtype)
+    result = torch.zeros(len(x), len(y), dtype=x[0].dtype)
     for i, a in enumerate(x):
         for j, b in enumerate(y):
             if distance == "pooled":
@@ -38,9 +43,10 @@ def by_hand(distance, x, y):
                 d = torch.cdist(a, b).square()
                 result[i, j] = d.amin(0).mean() + d.amin(1).mean()
     if distance == "pooled":
-        return result / torch.cdist(pooled(y), pooled(y)).square().mean()
-    within = torch.cdist(y, y) if distance == "energy" else torch.cdist(y, y).square()
-    return result / within.mean()
+        every = torch.cat([pooled(b[None]) for b in y])
+        return result / torch.cdist(every, every).square().mean()
+    power = 1 if distance == "energy" else 2
+    return result / torch.stack([torch.cdist(b, b).pow(power).mean() for b in y]).mean()
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -49,27 +55,27 @@ def test_the_probability_of_the_own_cloud(distance, temperature):
     x, y = clouds(), clouds(1, points=M)
     discriminator = MatchDiscriminator(C, distance=distance, temperature=temperature).double()
     expected = (-by_hand(distance, x, y) / temperature).log_softmax(1).diagonal()
-    torch.testing.assert_close(discriminator(x, reference=y), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(of_student(discriminator, x, y), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_order_of_points_and_of_clouds(distance):
     discriminator = MatchDiscriminator(C, distance=distance).double()
     x, y = clouds(), clouds(1, points=M)
-    scores = discriminator(x, reference=y)
+    scores = of_student(discriminator, x, y)
     assert scores.shape == (B,)
     assert (scores < 0).all()
-    torch.testing.assert_close(discriminator(x.flip(1), reference=y.flip(1)), scores)
+    torch.testing.assert_close(of_student(discriminator, x.flip(1), y.flip(1)), scores)
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(discriminator(x[order], reference=y[order]), scores[order])
+    torch.testing.assert_close(of_student(discriminator, x[order], y[order]), scores[order])
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_own_cloud_is_recognised_and_anothers_is_not(distance):
     discriminator = MatchDiscriminator(C, distance=distance).double()
     y = clouds(1)
-    own = discriminator(y, reference=y)
-    assert (own > discriminator(y.roll(1, 0), reference=y)).all()
+    own = of_student(discriminator, y, y)
+    assert (own > of_student(discriminator, y.roll(1, 0), y)).all()
     assert (own > math.log(1 / B)).all()
 
 
@@ -78,18 +84,44 @@ def test_in_units_of_the_teacher(distance):
     """Scaling and shifting all features alike changes nothing."""
     discriminator = MatchDiscriminator(C, distance=distance).double()
     x, y = clouds(), clouds(1)
-    scores = discriminator(x, reference=y)
-    torch.testing.assert_close(discriminator(30 * x + 5, reference=30 * y + 5), scores)
+    scores = of_student(discriminator, x, y)
+    torch.testing.assert_close(of_student(discriminator, 30 * x + 5, 30 * y + 5), scores)
 
 
 def test_teacher_clouds_that_all_coincide():
     y = torch.ones(B, N, C)
     for distance in DISTANCES:
         x = torch.randn(B, N, C, requires_grad=True)
-        scores = MatchDiscriminator(C, distance=distance)(x, reference=y)
+        scores = of_student(MatchDiscriminator(C, distance=distance), x, y)
         torch.testing.assert_close(scores, torch.full((B,), -math.log(B)))
         scores.sum().backward()
         assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_global_features_are_clouds_of_one_point(distance):
+    discriminator = MatchDiscriminator(C, distance=distance).double()
+    x, y = clouds()[:, 0], clouds(1)[:, 0]
+    scores = of_student(discriminator, x, y)
+    assert torch.equal(scores, of_student(discriminator, x[:, None], y[:, None])[None])
+    fad = FeatureAdversarialLoss(C, C, discriminator="match").double()
+    x.requires_grad_()
+    fad(x, y).backward()
+    assert (x.grad != 0).any(1).all()
+
+
+def test_masked_clouds_are_ragged_ones():
+    x, y = clouds().requires_grad_(), clouds(1)
+    mask = torch.arange(N) < torch.tensor([[3], [7], [1], [5]])
+    discriminator = MatchDiscriminator(C).double()
+    scores = of_student(discriminator, x, y, mask=mask)
+    lengths = mask.sum(1)
+    other = of_student(
+        discriminator, ragged(x[mask], lengths=lengths), ragged(y[mask], lengths=lengths)
+    )
+    torch.testing.assert_close(scores, other)
+    gradients = [torch.autograd.grad(s.sum(), x)[0] for s in (scores, other)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_ragged_clouds_are_pooled():
@@ -103,7 +135,7 @@ def test_ragged_clouds_are_pooled():
     known = torch.cat([pooled(p[None]) for p in others])
     d = torch.cdist(own, known).square() / torch.cdist(known, known).square().mean()
     expected = (-d / 0.1).log_softmax(1).diagonal()
-    torch.testing.assert_close(discriminator(x, reference=y), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of_student(discriminator, x, y), expected, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------- queue
@@ -113,35 +145,91 @@ def test_the_queue_fills_and_forgets():
     discriminator = MatchDiscriminator(C, queue=6).double()
     first, second = clouds(1), clouds(2)
     x = clouds(3)
-    empty = MatchDiscriminator(C).double()(x, reference=first)
-    torch.testing.assert_close(discriminator(x, reference=first), empty)
+    empty = of_student(MatchDiscriminator(C).double(), x, first)
+    torch.testing.assert_close(of_student(discriminator, x, first), empty)
+    discriminator.observe(Game.of(x, first))
     assert int(discriminator.filled) == B
     torch.testing.assert_close(discriminator.past[:B], pooled(first))
     expected = torch.cat([pooled(second), pooled(first)])
-    got = discriminator(x, reference=second)
+    got = of_student(discriminator, x, second)
     d = torch.cdist(pooled(x), expected).square()
     unit = torch.cdist(pooled(second), pooled(second)).square().mean()
     torch.testing.assert_close(got, (-d / unit / 0.1).log_softmax(1).diagonal())
+    discriminator.observe(Game.of(x, second))
     assert int(discriminator.filled) == 6
     torch.testing.assert_close(discriminator.past, expected[:6])
 
 
-def test_the_queue_learns_only_from_the_students_call_in_training():
+def test_scoring_does_not_fill_the_queue():
     discriminator = MatchDiscriminator(C, queue=6).double()
-    x, y = clouds(), clouds(1)
-    discriminator(y, reference=y)
-    with torch.no_grad():
-        discriminator(x, reference=y)
-    discriminator.eval()(x, reference=y)
+    game = Game.of(clouds(), clouds(1))
+    for side in ("student", "teacher", None):
+        discriminator(game, side)
     assert int(discriminator.filled) == 0
-    discriminator.train()(x, reference=y)
-    assert int(discriminator.filled) == B
+    assert not discriminator.past.any()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_points_that_do_not_count_are_left_out(distance):
+    """By hand, pair by pair; and what lies there is never seen."""
+    x, y = clouds().requires_grad_(), clouds(1)
+    here, there = (torch.rand(B, N) < 0.6 for _ in range(2))
+    here[:, 0] = there[:, 1] = True
+    discriminator = MatchDiscriminator(C, distance=distance).double()
+    scores = of_student(
+        discriminator,
+        x.masked_fill(~here[..., None], 50.0),
+        y.masked_fill(~there[..., None], -50.0),
+        mask=(here, there),
+    )
+    own, known = (
+        [c[m] for c, m in zip(z, mask, strict=True)] for z, mask in ((x, here), (y, there))
+    )
+    torch.testing.assert_close(
+        scores, (-by_hand(distance, own, known) / 0.1).log_softmax(1).diagonal()
+    )
+    (gradient,) = torch.autograd.grad(scores.sum(), x)
+    assert gradient.isfinite().all()
+    assert not gradient[~here].any()
+
+
+@pytest.mark.parametrize("distance", ["energy", "chamfer"])
+def test_sets_of_empty_clouds(distance):
+    x, y, mask = clouds().requires_grad_(), clouds(1), torch.ones(B, N, dtype=torch.bool)
+    mask[2] = False
+    keep = [0, 1, 3]
+    discriminator = MatchDiscriminator(C, distance=distance).double()
+    scores = of_student(discriminator, x, y, mask=mask)
+    torch.testing.assert_close(scores[keep], of_student(discriminator, x[keep], y[keep]))
+    (gradient,) = torch.autograd.grad(scores[keep].sum(), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("queue", [0, 3, 9])
+def test_an_empty_cloud_is_nobody(queue):
+    """Clouds are recognised among those that have points, and none else goes into the queue."""
+    x, y = clouds(), clouds(1)
+    with_holes, without = (MatchDiscriminator(C, queue=queue).double() for _ in range(2))
+    mask = torch.ones(B, N, dtype=torch.bool)
+    mask[2] = False
+    keep = [0, 1, 3]
+    for _ in range(3):
+        masked, left = Game.of(x, y, mask=mask), Game.of(x[keep], y[keep])
+        scores = with_holes(masked)
+        for mine, other in zip(scores, without(left), strict=True):
+            torch.testing.assert_close(mine[keep], other)
+        assert scores.student.isfinite().all()
+        with_holes.observe(masked)
+        without.observe(left)
+        assert torch.equal(with_holes.past, without.past)
+        assert torch.equal(with_holes.filled, without.filled)
+        x, y = x.roll(1, 0), y.flip(1) + 1
 
 
 def test_the_queue_is_filled_once_a_step_by_the_loss_and_is_saved():
     fad = FeatureAdversarialLoss(C, C, discriminator=MatchDiscriminator(C, queue=10))
     for step in range(1, 4):
-        fad(torch.randn(B, N, C), torch.randn(B, N, C)).backward()
+        fad(torch.randn(B, N, C, requires_grad=True), torch.randn(B, N, C)).backward()
         assert int(fad.discriminator.filled) == min(10, step * B)
     other = FeatureAdversarialLoss(C, C, discriminator=MatchDiscriminator(C, queue=10))
     other.load_state_dict(fad.state_dict())
@@ -151,8 +239,9 @@ def test_the_queue_is_filled_once_a_step_by_the_loss_and_is_saved():
 def test_one_cloud_is_recognised_among_past_ones():
     discriminator = MatchDiscriminator(C, queue=3)
     x, y = clouds(count=1, dtype=torch.float32), clouds(1, count=1, dtype=torch.float32)
-    assert discriminator(x, reference=y) == 0
-    assert discriminator(x, reference=y + 1) < 0
+    assert of_student(discriminator, x, y) == 0
+    discriminator.observe(Game.of(x, y))
+    assert of_student(discriminator, x, y + 1) < 0
 
 
 # ------------------------------------------------------------------------------------ learning
@@ -164,7 +253,9 @@ def test_with_hinge_the_student_minimises_cross_entropy():
     x, y = clouds(dtype=torch.float32), clouds(1, dtype=torch.float32)
     logits = -by_hand("pooled", x, y) / 0.1
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(B))
-    torch.testing.assert_close(fad.student_loss(x, y), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fad.student_loss(x.requires_grad_(), y), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -175,8 +266,8 @@ def test_it_pulls_every_cloud_to_its_own(distance):
     student = teacher.roll(1, 0).clone().requires_grad_()
     discriminator = MatchDiscriminator(C, distance=distance, temperature=0.5)
     fad = FeatureAdversarialLoss(C, C, discriminator=discriminator, adapter="identity")
-    optimizer = torch.optim.Adam([student], lr=0.05)
-    for _ in range(150):
+    optimizer = torch.optim.Adam([student], lr=0.1)
+    for _ in range(80):
         optimizer.zero_grad()
         fad(student, teacher).backward()
         optimizer.step()
@@ -194,12 +285,12 @@ def test_the_temperature_learns_and_stays_in_bounds():
     for seed in range(5):
         optimizer.zero_grad()
         x, y = clouds(seed, dtype=torch.float32), clouds(9, dtype=torch.float32)
-        fad(x, y).backward()
+        fad(x.requires_grad_(), y).backward()
         optimizer.step()
     assert discriminator.log_temperature.item() != before
     with torch.no_grad():
         discriminator.log_temperature.fill_(-100.0)
-    assert discriminator(clouds(dtype=torch.float32), reference=y).isfinite().all()
+    assert of_student(discriminator, clouds(dtype=torch.float32), y).isfinite().all()
 
 
 # -------------------------------------------------------------------------------------- errors
@@ -222,24 +313,20 @@ def test_bad_options(options, message):
 
 
 @pytest.mark.parametrize(
-    "options, features, reference, message",
+    "shape, channels, message",
     [
-        ({}, (2, N, C), None, "reference: MatchDiscriminator needs"),
-        ({}, (2, N, C + 1), (2, N, C), "features: expected .B, N, 5."),
-        ({}, (2, N, C), (2, N, C + 1), "reference: expected .B, N, 5."),
-        ({}, (2, N, C), (3, N, C), "reference: expected the teacher's features of the same"),
-        ({}, (1, N, C), (1, N, C), "needs at least 2 clouds in a batch or queue="),
+        ((2, N, C + 1), C, r"student: expected \(B, N, 5\).*\(2, 7, 6\)"),
+        ((1, N, C), C, r"student: .*needs at least 2 clouds in a batch or queue=.*\(1, 7, 5\)"),
+        ((1, C), C, r"student: .*needs at least 2 clouds"),
     ],
 )
-def test_bad_input(options, features, reference, message):
-    discriminator = MatchDiscriminator(C, **options)
-    y = None if reference is None else torch.randn(reference)
+def test_bad_input(shape, channels, message):
     with pytest.raises(ValueError, match=message):
-        discriminator(torch.randn(features), reference=y)
+        of_student(MatchDiscriminator(channels), torch.randn(shape), torch.randn(shape))
 
 
 @pytest.mark.parametrize("distance", ["energy", "chamfer"])
 def test_ragged_sets_are_refused(distance):
     x = ragged(torch.randn(5, C), lengths=torch.tensor([2, 3]))
-    with pytest.raises(ValueError, match="expects clouds of equal size"):
-        MatchDiscriminator(C, distance=distance)(x, reference=x)
+    with pytest.raises(ValueError, match="compares all pairs of dense clouds"):
+        of_student(MatchDiscriminator(C, distance=distance), x, x)

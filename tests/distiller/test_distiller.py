@@ -201,15 +201,15 @@ def test_the_best_recipe_is_four_lines():
     other.load_state_dict(distiller.state_dict())
     distiller.eval()
     torch.testing.assert_close(distiller(clouds())[1], other.eval()(clouds())[1])
-    weight = distiller.statistics()["linear2/weight"]
-    assert weight == pytest.approx(HeadDiscriminator.default_weight)
+    assert distiller.losses["linear2:linear2"].weight == HeadDiscriminator.default_weight
 
 
 def test_losses_of_ones_own():
     student, teacher = both(DGCNN)
-    own = FeatureAdversarialLoss(8, 16, weight=7.0, layout="bcn")
+    own = FeatureAdversarialLoss(8, 16, weight=7.0, warmup_steps=0, layout="bcn")
     layers = {"conv5": ("conv5", own), "linear2": ("linear2", "paired")}
-    distiller = Distiller(student, teacher, layers, example=clouds(), weight=2.0)
+    options = {"weight": 2.0, "warmup_steps": 0}
+    distiller = Distiller(student, teacher, layers, example=clouds(), **options)
     assert distiller.losses["conv5:conv5"] is own
     distiller(clouds())[1].backward()
     statistics = distiller.statistics()

@@ -20,7 +20,7 @@ SCRIPT = ROOT / "benchmarks" / "kernels_report.py"
 REPORTS = sorted((ROOT / "benchmarks" / "results").glob("kernels-report-*.json"))
 # One of each kind: what is compiled again here.
 SAMPLES = [("backward", "90"), ("shortlist", "80"), ("scan", "100")]
-ARCHITECTURES = {80, 90, 100}
+ARCHITECTURES = {80, 90, 100, 120}
 
 
 def run(*arguments):

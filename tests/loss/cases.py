@@ -75,13 +75,11 @@ LEARNING = [
     if "head" not in name and (name not in {"teacher", "paired", "witness", "witness gaussian"})
 ]
 LAYOUTS = ("N == M", "N != M", "ragged", "one ragged shape", "global", "bcn")
-# Scores that compare point i with point i need as many points on both sides; a class belongs to a
-# cloud, and global features are points of one set, which cannot be told from other sets.
+# Scores that compare point i with point i need as many points on both sides; and a class belongs to
+# a cloud, where global features are points of one set.
 NOT_POSSIBLE = {
     *((n, layout) for n in ("head of points", "paired") for layout in ("N != M", "ragged", "bcn")),
     ("cloud conditioned", "global"),
-    ("head of labels", "global"),
-    *((name, "global") for name in DISCRIMINATORS if "match" in name),
     *(
         (f"match {d}", f"{r}ragged{s}")
         for d in ("energy", "chamfer")
@@ -102,6 +100,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, **options) -> FeatureAdv
     discriminator = DISCRIMINATORS[name]() if name in DISCRIMINATORS else name
     options.setdefault("normalize", "head" not in name)
     options.setdefault("weight", 1.0)
+    options.setdefault("warmup_steps", 0)
     fad = FeatureAdversarialLoss(STUDENT, TEACHER, discriminator=discriminator, **options)
     return fad if dtype == torch.float32 else fad.to(dtype)
 

@@ -18,6 +18,7 @@ GAMES = {
     "head": {"normalize": False},
     "point, standardised": {"normalize": True, "lecam": 0.1},
     "teacher, balanced": {"normalize": True, "balance": True},
+    "teacher, balanced, buffers of each": {"normalize": True, "balance": True},
 }
 
 
@@ -60,7 +61,7 @@ def work(rank: int, folder: str) -> None:
     results = {}
     for game in GAMES:
         step = Step(game)
-        wrapped = DistributedDataParallel(step)
+        wrapped = DistributedDataParallel(step, broadcast_buffers="of each" not in game)
         train(wrapped, points, teacher)
         results[game] = {**step.state_dict(), "weight": step.fad.statistics()["weight"]}
     torch.save(results, f"{folder}/{rank}.pt")

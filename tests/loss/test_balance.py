@@ -15,7 +15,7 @@ from fad_loss.gradients import GradientBalance
 def problem(seed=0, **options):
     torch.manual_seed(seed)
     encoder = nn.Linear(3, 4)
-    fad = FeatureAdversarialLoss(4, 6, balance=True, **options)
+    fad = FeatureAdversarialLoss(4, 6, balance=True, **{"warmup_steps": 0, **options})
     points, teacher = torch.randn(5, 12, 3), torch.randn(5, 12, 6)
     return encoder, fad, points, teacher
 
@@ -48,7 +48,7 @@ def test_the_factor_is_a_constant_to_the_gradients():
     for _ in range(3):
         features = encoder(points)
         (task(features) + fad(features, teacher)).backward()
-    plain = FeatureAdversarialLoss(4, 6, weight=float(fad.balance.factor())).train()
+    plain = FeatureAdversarialLoss(4, 6, weight=float(fad.balance.factor()), warmup_steps=0)
     plain.load_state_dict(
         {name: value for name, value in fad.state_dict().items() if "balance" not in name}
     )
@@ -169,3 +169,86 @@ def test_compiled_with_graph_breaks_but_not_without():
 def test_balance_is_a_switch():
     with pytest.raises(TypeError, match=r"balance: expected True or False, got float 0\.5"):
         FeatureAdversarialLoss(4, 6, balance=0.5)
+
+
+# How loops run their backward passes. Each returns nothing and leaves gradients.
+
+
+def in_one(task_loss, own, features):
+    (task_loss + own).backward()
+
+
+def own_after_task(task_loss, own, features):
+    task_loss.backward(retain_graph=True)
+    own.backward()
+
+
+def task_after_own(task_loss, own, features):
+    own.backward(retain_graph=True)
+    task_loss.backward()
+
+
+def after_probes(task_loss, own, features):
+    # What a loop does that looks at its gradients, PCGrad and GradNorm among them.
+    torch.autograd.grad(task_loss, features, retain_graph=True)
+    torch.autograd.grad(own, features, retain_graph=True)
+    (task_loss + own).backward()
+
+
+def after_a_probe_of_the_own(task_loss, own, features):
+    torch.autograd.grad(own, features, retain_graph=True)
+    (task_loss + own).backward()
+
+
+def scaled(task_loss, own, features):
+    (65536 * (task_loss + own)).backward()
+
+
+def accumulated(task_loss, own, features):
+    ((task_loss + own) / 4).backward()
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [
+        in_one,
+        own_after_task,
+        task_after_own,
+        after_probes,
+        after_a_probe_of_the_own,
+        scaled,
+        accumulated,
+    ],
+)
+def test_whatever_backward_passes_a_loop_has(backward):
+    encoder, fad, points, teacher = problem()
+    for _ in range(2):
+        features = encoder(points)
+        backward(task(features), fad(features, teacher), features)
+    assert int(fad.balance._count() or fad.balance.measured) == 2
+    of_task, of_fad = norms(encoder, fad, points, teacher)
+    torch.testing.assert_close(of_fad, of_task, rtol=1e-3, atol=0)
+
+
+def test_evaluation_between_two_steps_measures_nothing():
+    encoder, fad, points, teacher = problem()
+    features = encoder(points)
+    (task(features) + fad(features, teacher)).backward()
+    factor = fad.balance.factor().clone()
+    fad.eval()
+    features = encoder(points)
+    (5 * task(features) + fad(features, teacher)).backward()
+    fad.train()
+    assert torch.equal(fad.balance.factor(), factor)
+    assert int(fad.balance.measured) == 1
+
+
+def test_a_step_that_overflowed_is_forgotten():
+    encoder, fad, points, teacher = problem()
+    for scale in (1.0, float("inf"), 1.0):
+        features = encoder(points)
+        (scale * (task(features) + fad(features, teacher))).backward()
+    fad.balance.factor()
+    assert int(fad.balance.measured) == 2
+    assert fad.balance.task.isfinite()
+    assert fad.balance.own.isfinite()

@@ -43,8 +43,9 @@ def test_standardised_by_the_statistics_of_each_rank_it_trains(results):
     assert all(v.isfinite().all() for v in state.values() if isinstance(v, torch.Tensor))
 
 
-def test_all_ranks_use_one_balance(results):
-    first, second = (r["teacher, balanced"] for r in results)
+@pytest.mark.parametrize("game", [game for game in GAMES if "balanced" in game])
+def test_all_ranks_use_one_balance(results, game):
+    first, second = (r[game] for r in results)
     # The last step's is counted at the next one.
     assert first["fad.balance.measured"] == second["fad.balance.measured"] == 2
     assert first["weight"] == second["weight"] != 1

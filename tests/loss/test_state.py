@@ -104,6 +104,49 @@ def test_state_is_complete_and_the_teacher_is_not_in_it(name):
     make(name).load_state_dict(fad.state_dict(), strict=True)
 
 
+def test_the_state_of_an_older_version_is_refused_by_name():
+    fad = make("teacher")
+    old = {key: value for key, value in fad.state_dict().items() if key.startswith("adapter")}
+    old |= {"teacher_mean": torch.zeros(6), "teacher_variance": torch.ones(6)}
+    with pytest.raises(
+        RuntimeError, match=r"state: expected a state of fad_loss 0\.2, got one of 0"
+    ):
+        fad.load_state_dict(old)
+
+
+def test_the_state_of_a_newer_version_is_refused_by_name():
+    fad = make("teacher")
+    newer = fad.state_dict()
+    newer["state"] = torch.tensor(3)
+    with pytest.raises(RuntimeError, match="state: expected version 2 or older, got 3; update"):
+        make("teacher").load_state_dict(newer)
+
+
+@pytest.mark.parametrize("name", ["teacher", "point", "match queue"])
+def test_a_hand_written_average_of_all_state_goes_on(name):
+    # As training scripts have it: every entry of the state dict, or every parameter and buffer.
+    fad = make(name)
+    average = copy.deepcopy(fad)
+    steps(fad, 2)
+    with torch.no_grad():
+        for mean, value in zip(
+            average.state_dict().values(), fad.state_dict().values(), strict=True
+        ):
+            if value.is_floating_point():
+                mean.mul_(0.9).add_(value, alpha=0.1)
+            else:
+                mean.copy_(value)
+    assert all(torch.isfinite(loss).all() for loss in steps(average, 2, start=2))
+    assert average.steps == 4
+
+
+def test_tensors_in_the_state_share_no_memory():
+    # What safetensors refuses to save.
+    state = make("point", balance=True).state_dict()
+    memory = [value.untyped_storage().data_ptr() for value in state.values() if value.numel()]
+    assert len(set(memory)) == len(memory)
+
+
 def test_the_random_state_is_left_alone():
     fad = make("point", gradient_penalty=0.1)
     student, teacher, _ = features()

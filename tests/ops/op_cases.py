@@ -39,12 +39,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def pairwise(x: Tensor, y: Tensor) -> Tensor:
-    """All squared distances (B, N, M)."""
-    if x.shape[0] * x.shape[1] * y.shape[1] * x.shape[2] < 2_000_000:
-        return ((x[:, :, None, :] - y[:, None, :, :]) ** 2).sum(3)
-    # Too many to hold the differences; in float64 the expansion is as good.
-    x_norms, y_norms = (x**2).sum(2), (y**2).sum(2)
-    return (x_norms[:, :, None] + y_norms[:, None, :] - 2 * x @ y.mT).clamp_min(0)
+    """All squared distances (B, N, M), a few rows at a time where the differences are many."""
+    rows = max(1, 4_000_000 // max(y.numel(), 1))
+    parts = [((part[:, :, None, :] - y[:, None, :, :]) ** 2).sum(3) for part in x.split(rows, 1)]
+    return torch.cat(parts, 1)
 
 
 def true_knn(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ PAIRS = [
     ("four axes", X, Y[None], ValueError, r"y: .*\(B, points, C\).*shape \(1, 2, 5, 3\)"),
     ("integers", X.long(), Y, TypeError, r"x: expected float32.*got int64 of shape.*x.float\(\)"),
     ("booleans", X, Y.bool(), TypeError, r"y: expected float32.*got bool.*y.float\(\)"),
+    ("sparse", X, Y.to_sparse(), TypeError, r"y: expected a dense tensor, got one of layout sparse_coo.*y.to_dense\(\)"),
     ("complex", X.to(torch.complex64), Y, TypeError, "x: expected float32.*got complex64"),
     ("dtypes", X, Y.double(), TypeError, r"one dtype.*float32 of.*float64 of.*\.to\(dtype\)"),
     ("halves", X.half(), Y.bfloat16(), TypeError, r"one dtype.*float16.*bfloat16.*\.to\(dtype\)"),
@@ -97,8 +98,28 @@ MISTAKES = [
     ("k string", lambda: ops.knn(X, Y, "3"), TypeError, "k: expected an int, got str '3'"),
     ("k tensor", lambda: ops.knn(X, Y, torch.tensor(3)), TypeError, "k: expected an int, got Tensor"),
     ("ragged k 0", lambda: ops.knn(ragged([2]), ragged([2]), 0), ValueError, "k: .*at least 1"),
+    # parameters at the ends
+    *[
+        (f"{kind.__name__} {value!r}", lambda kind=kind, value=value: kind(value), ValueError,
+         rf"bandwidth: expected 1e-75 to 1e\+75 for float64, got {value!r}".replace("1e+200", r"1e\+200"))
+        for kind in (ops.Gaussian, ops.Laplacian, ops.InverseMultiquadric)
+        for value in (1e-200, 1e200)
+    ],
+    *[
+        (f"{kind.__name__} {value!r} in float32", lambda kind=kind, value=value: ops.kernel_mean(X, Y, kind(value)),
+         ValueError, r"bandwidth: expected 1e-09 to 1e\+17 for float32, got 1e.*rescale the features, or use float64")
+        for kind in (ops.Gaussian, ops.Laplacian, ops.InverseMultiquadric)
+        for value in (1e-20, 1e39)
+    ],
+    *[
+        (f"epsilon {value!r}", lambda value=value: ops.softmin(X, Y, [1.0, value]), ValueError,
+         r"epsilon: expected 1e-18 to 1e\+34 for float32, got 1e.*or use float64")
+        for value in (1e-40, 1e39)
+    ],
     # exclude_self
     ("other N", lambda: ops.knn(X, Y, 1, exclude_self=True), ValueError, r"exclude_self.*same points.*\(2, 4, 3\)"),
+    ("exclude string", lambda: ops.knn(X, X, 1, exclude_self="no"), TypeError, "exclude_self: expected True or False, got str 'no'"),
+    ("exclude int", lambda: ops.softmin(X, X, 1.0, exclude_self=1), TypeError, "exclude_self: expected True or False, got int 1"),
     ("other N in kernel_mean", lambda: ops.kernel_mean(X, Y, GAUSSIAN, exclude_self=True), ValueError, "exclude_self"),
     ("other N in softmin", lambda: ops.softmin(X, Y, 1.0, exclude_self=True), ValueError, "exclude_self"),
     ("other lengths", lambda: ops.knn(ragged([2, 3]), ragged([3, 2]), 1, exclude_self=True), ValueError,
@@ -208,3 +229,67 @@ def test_large_but_fitting_values_are_fine():
     assert ops.nearest(wide, wide)[0].eq(0).all()
     half = torch.full((1, 2, 3), 60000.0, dtype=torch.float16)
     assert ops.nearest(half, -half)[0].eq(3 * (2 * half[0, 0, 0].float()) ** 2).all()
+
+
+# ---------------------------------------------------------------------- torch.func, forward mode
+
+
+# PyTorch scripts its own forward derivatives.
+scripted = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
+
+@scripted
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "jvp"])
+def test_torch_func_names_the_backend_that_can(name, transform, fused, device):
+    """Tangents were 0 without a word; `grad` raised PyTorch's inner words."""
+    x = torch.rand(2, 4, 3, dtype=torch.float64, device=device)
+    y = torch.rand(2, 5, 3, dtype=torch.float64, device=device)
+
+    def function(backend):
+        def value(x):
+            result = OPERATIONS[name](x, y, backend=backend)
+            return (result[0] if isinstance(result, tuple) else result).square().sum()
+
+        return value
+
+    def transformed(backend):
+        if transform == "jvp":
+            return torch.func.jvp(function(backend), (x,), (torch.ones_like(x),))[1]
+        return getattr(torch.func, transform)(function(backend))(x)
+
+    with pytest.raises(RuntimeError, match=r'torch\.func.*backend="dense"'):
+        transformed(fused)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(fused)(leaf), leaf, create_graph=True)
+    if transform == "jvp":
+        expected = gradient.sum()
+    elif transform == "hessian":
+        rows = [torch.autograd.grad(g, leaf, retain_graph=True)[0] for g in gradient.flatten()]
+        expected = torch.stack(rows).view(*x.shape, *x.shape)
+    else:
+        expected = gradient
+    torch.testing.assert_close(transformed("dense"), expected.detach())
+
+
+@scripted
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("argument", [0, 1])
+def test_forward_mode_names_the_backend_that_can(name, argument, fused, device):
+    points = [t.to(device).double() + torch.rand(t.shape, device=device) for t in (X, Y)]
+    tangent = torch.ones_like(points[argument])
+    with torch.autograd.forward_ad.dual_level():
+        points[argument] = torch.autograd.forward_ad.make_dual(points[argument], tangent)
+        with pytest.raises(RuntimeError, match=r'forward-mode.*backend="dense"'):
+            OPERATIONS[name](*points, backend=fused)
+        result = OPERATIONS[name](*points, backend="dense")
+        result = result[0] if isinstance(result, tuple) else result
+        moved = torch.autograd.forward_ad.unpack_dual(result).tangent
+        plain = OPERATIONS[name](points[0].detach(), points[1].detach(), backend=fused)
+    plain = plain[0] if isinstance(plain, tuple) else plain
+    step = 1e-6
+    points = [t.detach() for t in points]
+    points[argument] = points[argument] + step * tangent
+    after = OPERATIONS[name](*points, backend="dense")
+    after = after[0] if isinstance(after, tuple) else after
+    torch.testing.assert_close(moved, (after - plain) / step, rtol=1e-4, atol=1e-5)

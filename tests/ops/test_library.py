@@ -74,16 +74,16 @@ def test_opcheck_softmin(form, biased, fused):
     epsilon = [0.5, 2.0]
     bias = torch.stack([w, 2 * w], -1).detach().requires_grad_() if biased else None
     torch.library.opcheck(_library.softmin, (x, y, bias, epsilon, *clouds))
-    out = _library.softmin(x, y, bias, epsilon, *clouds).detach()
+    out, least, total = (t.detach() for t in _library.softmin(x, y, bias, epsilon, *clouds))
     grad = torch.rand_like(out).requires_grad_()
-    rest = (x, y, bias, out, epsilon, *clouds)
     for of_y in (False, True) if form == "batched" else (True,):
-        torch.library.opcheck(_library.softmin_backward, (grad, *rest, of_y, biased))
+        rest = (x, y, bias, least, total, epsilon, *clouds, of_y, biased)
+        torch.library.opcheck(_library.softmin_backward, (grad, *rest))
     u, v, t = torch.rand_like(x), torch.rand_like(y), torch.rand_like(torch.stack([w, w], -1))
     for directions in ((u, v, t), (u, None, None)):
         torch.library.opcheck(
             _library.softmin_double_backward,
-            (*directions, grad, *rest),
+            (*directions, grad, x, y, bias, least, epsilon, *clouds),
             test_utils=("test_schema", "test_faketensor"),
         )
 
@@ -235,6 +235,52 @@ def test_bitwise_repeatable(C, backend, device):
 
     for got, want in zip(run(), run(), strict=True):
         assert torch.equal(got, want)
+
+
+PRECISION = """
+import torch
+from fad_loss import ops
+torch.manual_seed(0)
+x, y = torch.randn(2, 70, 64), torch.randn(2, 90, 64)
+
+def results():
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    found = [*ops.nearest(a, b), *ops.knn(a, b, 5)]
+    found += [ops.softmin(a, b, 20.0), ops.kernel_mean(a, b, ops.Laplacian(3.0))]
+    return [*found, *torch.autograd.grad(sum(t.sum() for t in found), (a, b))]
+
+expected = results()
+for setting, look in SETTINGS:
+    exec(setting)
+    before = eval(look)
+    for got, want in zip(results(), expected, strict=True):
+        assert torch.equal(got, want), setting
+    assert eval(look) == before
+"""
+OLDER = [
+    (f'torch.set_float32_matmul_precision("{name}")', "torch.get_float32_matmul_precision()")
+    for name in ("medium", "high", "highest")
+]
+NEWER = [
+    ('torch.backends.cuda.matmul.fp32_precision = "tf32"', "torch.backends.fp32_precision"),
+    (
+        'torch.backends.mkldnn.matmul.fp32_precision = "bf16"',
+        "torch.backends.mkldnn.matmul.fp32_precision",
+    ),
+    ('torch.backends.fp32_precision = "tf32"', "torch.backends.fp32_precision"),
+]
+
+
+@pytest.mark.parametrize("settings", [OLDER, NEWER], ids=["older", "newer"])
+def test_either_api_of_the_matmul_precision(settings):
+    """The newer one (torch 2.9) makes the older one raise; on a CPU neither changes a result."""
+    if settings is NEWER and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        settings = OLDER
+    script = f"SETTINGS = {settings!r}\n{PRECISION}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # -------------------------------------------------------------------------------------- memory

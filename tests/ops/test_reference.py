@@ -12,7 +12,8 @@ import pytest
 import torch
 from op_cases import FEW, FLOATS, SMOOTH, Smooth, device_of, wide
 
-# Relative to the largest value. With C > 16 the tiles' distances come from a matrix product.
+# Relative to the largest value. With C > 16 the tiles' distances come from a matrix product, and
+# always their gradients, for which it is twice as much.
 TOLERANCE = {
     torch.float64: 1e-13,
     torch.float32: 2e-6,
@@ -59,7 +60,7 @@ def error(a, b, floor=0.0):
 
 
 def check(case, shape, dtype, backend):
-    inputs, truth, allowed = problem(case, shape, dtype)
+    inputs, truth, errors = problem(case, shape, dtype)
     inputs = [t.detach().to(device_of(backend)).requires_grad_() for t in inputs]
     results = values_and_gradients(lambda *t: case.operation(*t, backend=backend), inputs)
     assert results[0].dtype == wide(dtype)
@@ -67,10 +68,11 @@ def check(case, shape, dtype, backend):
         assert gradient.dtype == dtype
         assert gradient.shape == t.shape
     for name, result, true, eager in zip(
-        ["value", "x", "y", "third", "fourth"], results, truth, allowed, strict=False
+        ["value", "x", "y", "third", "fourth"], results, truth, errors, strict=False
     ):
         e = error(result, true, 1 / shape[2])  # M = 1: weights have no gradient
-        assert e <= eager + TOLERANCE[dtype], f"{name}: {e:.1e}, eager's is {eager:.1e}"
+        allowed = eager + TOLERANCE[dtype] * (1 if name == "value" else 2)
+        assert e <= allowed, f"{name}: {e:.1e}, eager's is {eager:.1e}"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

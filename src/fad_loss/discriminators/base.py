@@ -10,14 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fad_loss._checks import look
 from fad_loss._errors import expected
 from fad_loss._game import Game, Side
 
-__all__ = ["Discriminator", "Scores", "as_discriminator", "held_still"]
+__all__ = ["Discriminator", "Scores", "as_discriminator"]
 
 
 class Scores(NamedTuple):
-    """Of both sides: one per point, ``(B, N)`` or ragged, or one per cloud, ``(B,)``."""
+    """Of both sides: one per point, ``(B, N)`` or ragged, or one per cloud, ``(B,)``.
+
+    Example:
+        >>> scores = Scores(student=torch.tensor([-1.0]), teacher=torch.tensor([2.0]))
+        >>> of_student, of_teacher = scores
+    """
 
     student: Tensor
     teacher: Tensor
@@ -71,6 +77,12 @@ class Discriminator(nn.Module, ABC):
         """The scores of both sides; override it to share work between them."""
         return Scores(self.score(game, "student"), self.score(game, "teacher"))
 
+    def prepare(self, channels: int) -> None:
+        """Make room for what features of so many channels will need; the loss calls it when made.
+
+        Buffers that change their size later would not be averaged by an EMA, nor broadcast.
+        """
+
     def observe(self, game: Game) -> None:
         """Follow running statistics; the loss calls it once in every training step, at its end."""
 
@@ -111,7 +123,7 @@ class _Wrapped(Discriminator):
             "reference": game.teacher.tensor(),
             "labels": game.labels,
             "mask": points.mask,
-            "positions": points.positions,
+            "positions": None if points.positions is None else points.like(points.positions),
         }
         scores: Tensor = self.module(points.tensor(), **{n: keywords[n] for n in self.takes})
         return scores
@@ -122,6 +134,14 @@ def as_discriminator(module: nn.Module) -> Discriminator:
 
     Such a module is called as ``module(features, reference=..., labels=..., mask=...,
     positions=...)``, with those of the keywords that its forward has, and returns scores.
+
+    Example:
+        >>> class Plain(nn.Module):
+        ...     def forward(self, features, reference):
+        ...         return -(features - reference.mean(1, keepdim=True)).square().sum(-1)
+        >>> discriminator = as_discriminator(Plain())
+        >>> discriminator(Game.of(torch.ones(1, 2, 3), torch.zeros(1, 4, 3)), "student")
+        tensor([[-3., -3.]])
     """
     return module if isinstance(module, Discriminator) else _Wrapped(module)
 
@@ -140,3 +160,16 @@ def held_still(discriminator: Discriminator, game: Game, side: Side | None = Non
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision made single."""
     return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
+
+
+def same_points(game: Game) -> bool:
+    """Whether every cloud of the student has as many points as the teacher's, in the same rows."""
+    student, teacher = game.student, game.teacher
+    if student.features.shape[:-1] != teacher.features.shape[:-1]:
+        return False
+    for mine, its in ((student.offsets, teacher.offsets), (student.mask, teacher.mask)):
+        if (mine is None) != (its is None):
+            return False
+        if mine is not None and its is not None and look(mine) and not torch.equal(mine, its):
+            return False
+    return True

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss import ops
-from fad_loss._checks import look
 from fad_loss._errors import choose, describe
 from fad_loss._game import Game, Side
 from fad_loss._points import Points
 from fad_loss._ragged import packed
-from fad_loss.discriminators.base import Discriminator, Scores
+from fad_loss.discriminators.base import Discriminator, Scores, same_points
 from fad_loss.discriminators.learned.layers import check_width, linear
 from fad_loss.ops.kernels import Energy, Kernel, _positive
 
@@ -131,7 +130,7 @@ class TeacherDiscriminator(Discriminator):
             raise TypeError(message)
         self.mode, self.condition, self.backend = mode, condition, backend
         self.corresponding = condition is not None
-        self.default_weight = 1.0 if self.witness else 30.0 if condition else 10.0
+        self.default_weight = 1.0 if self.witness else 30.0 if condition else 20.0
         self.default_max_points = 16 if condition else 64
         self.bandwidths = tuple(_positive("bandwidths", m) for m in bandwidths)
         if not self.bandwidths:
@@ -163,7 +162,7 @@ class TeacherDiscriminator(Discriminator):
 
     def _compared(self, game: Game) -> tuple[Game, Game]:
         """The points to score, and the sets that they are scored by, which stand still."""
-        if self.condition and not _correspond(game.student, game.teacher):
+        if self.condition and not same_points(game):
             message = (
                 'condition: "point" compares point i of the student with point i of the teacher, '
                 f"got {describe(game.student.tensor())} and {describe(game.teacher.tensor())}; "
@@ -233,7 +232,9 @@ class TeacherDiscriminator(Discriminator):
                 z.tensor(), points.tensor(), epsilon, None, log_weights, backend=self.backend
             )
         )
-        scores = -(minimum / minimum.new_tensor(epsilon)).mean(-1)
+        # By numbers, one by one: a tensor made of a list would stop a GPU.
+        ratios = [part / eps for part, eps in zip(minimum.unbind(-1), epsilon, strict=True)]
+        scores = -torch.stack(ratios).mean(0)
         count = points.lengths().clamp_min(1).to(scores.dtype)
         return scores - z.spread(count.log())
 
@@ -259,24 +260,6 @@ def _embedding(embedding: nn.Module | int | None, channels: int | None) -> nn.Mo
         raise ValueError(message)
     check_width("channels", channels)
     return linear(channels, width, spectral_norm=True)
-
-
-def _correspond(student: Points, teacher: Points) -> bool:
-    """Whether there are as many points in every cloud of the one as of the other."""
-    if student.offsets is None or teacher.offsets is None:
-        if (
-            student.offsets is not teacher.offsets
-            or student.features.shape != teacher.features.shape
-        ):
-            return False
-        pair = student.mask, teacher.mask
-    else:
-        if student.features.shape != teacher.features.shape:
-            return False
-        pair = student.offsets, teacher.offsets
-    if pair[0] is None or pair[1] is None:
-        return pair[0] is pair[1]
-    return not look(pair[0]) or torch.equal(pair[0], pair[1])
 
 
 def _units(teacher: Points, values: Tensor) -> Callable[[Points, Tensor], Tensor]:

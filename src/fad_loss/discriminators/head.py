@@ -13,15 +13,21 @@ from torch import Tensor, nn
 from fad_loss._errors import choose, describe, expected
 from fad_loss._game import Game, Side
 from fad_loss._points import Points
-from fad_loss.discriminators.base import Discriminator, at_least_float32
+from fad_loss.discriminators.base import (
+    Discriminator,
+    Scores,
+    at_least_float32,
+    same_points,
+)
 from fad_loss.discriminators.learned.layers import class_index
+from fad_loss.standardize import Standardize, moments, unit_of
 
 _POOLS: Mapping[str, Callable[[Points, Tensor], Tensor]] = {"max": Points.max, "mean": Points.mean}
 _TARGETS = {"teacher": True, "labels": False}
 _LAYOUTS = {"bnc": False, "bcn": True}
-# Variances of levels forget with this rate, and count as at least this share of the mean one.
+# Variances of levels forget with this rate.
 _MOMENTUM = 0.01
-_FLOOR = 0.01
+_Opinion = tuple[Tensor, list[Tensor]]
 
 
 class HeadDiscriminator(Discriminator):
@@ -56,13 +62,15 @@ class HeadDiscriminator(Discriminator):
         D(z) \mathrel{-}= \sum_l \operatorname{mean}_c
         \frac{\big(h_l(z) - h_l(r)\big)_c^2}{\sigma_{lc}^2}
 
-    in units of the running variance of what they put out for the teacher.
+    in units of the running variance :math:`\sigma^2` of what they put out for the teacher (plus
+    0.01 of its mean over the channels, for units that are dead or hardly vary).
 
     Args:
         head: a module from features to logits over classes.
         pool: how the points of a cloud become the one feature that the head takes: ``"max"``
-            (PointNet, DGCNN), ``"mean"``, or None for a head that works on every point by itself:
-            segmentation, and global features ``(B, C)``, which arrive as one set ``(1, B, C)``.
+            (PointNet, DGCNN), ``"mean"``, or None for a head that works on every point by itself,
+            as in segmentation. Global features ``(B, C)`` are pooled already: each is the one
+            feature of its cloud, whatever `pool` says.
         target: ``"teacher"`` compares with the head's opinion of the teacher's feature,
             ``"labels"`` with the true class. Without pooling, ``"teacher"`` compares point i with
             point i.
@@ -73,10 +81,11 @@ class HeadDiscriminator(Discriminator):
             for ``target="teacher"``. The empty path is what comes into the head.
 
     Shape:
-        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged ``(B, j, C)``
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged ``(B, j, C)``, or global ``(B, C)``
         - its labels: for ``target="labels"``, ``(B,)``; without pooling also per point, ``(B, N)``
           or ragged; of unknown (negative) ones the score is 0
-        - scores: ``(B,)`` with pooling; ``(B, N)`` or ragged ``(B, j)`` without
+        - scores: ``(B,)`` with pooling; ``(B, N)`` or ragged ``(B, j)`` without; ``(1, B)`` of
+          global features
 
     Raises:
         TypeError: `head` is no module, or TorchScript.
@@ -135,13 +144,10 @@ class HeadDiscriminator(Discriminator):
         for path in self.levels:
             if path:
                 _replace(self.head, path, _Level(self.head.get_submodule(path)))
-        if self.levels:
-            self.register_buffer("level_batches", torch.zeros((), dtype=torch.int64))
-        for level in range(len(self.levels)):
-            # Its width is seen at the first batch.
-            self.register_buffer(f"level_variance_{level}", torch.zeros(0))
+        units = nn.ModuleList(_LevelUnits() for _ in self.levels)
+        self.level_units = units  # type: ignore[assignment]
 
-    level_batches: Tensor
+    level_units: Sequence[_LevelUnits]
 
     def extra_repr(self) -> str:
         """What the options are."""
@@ -155,64 +161,76 @@ class HeadDiscriminator(Discriminator):
 
     def score(self, game: Game, side: Side) -> Tensor:
         """Score every cloud (or point): high if the teacher's head takes it for the right one."""
+        return self._score(game, side, self._opinion(game.points(side), side))
+
+    def scores(self, game: Game) -> Scores:
+        """The scores of both sides; the teacher's features go through the head once."""
+        opinions = self._opinion(game.student, "student"), self._opinion(game.teacher, "teacher")
+        known = _still(opinions[1])
+        return Scores(
+            self._score(game, "student", opinions[0], known),
+            self._score(game, "teacher", opinions[1], known),
+        )
+
+    def _score(
+        self, game: Game, side: Side, opinion: _Opinion, known: _Opinion | None = None
+    ) -> Tensor:
         points = game.points(side)
-        opinion, levels = self._opinion(side, points)
-        if self._to_teacher:
-            self._check_pairs(game)
-            with torch.no_grad():
-                wanted, known = self._opinion("teacher", game.teacher.detach())
-            # A class that the head rules out (a logit of -inf) weighs nothing, and is no 0 * inf.
-            difference = (opinion - wanted).masked_fill(wanted == -torch.inf, 0)
-            scores = (wanted.exp() * difference).sum(-1)
-            variances = self._variances(known, game.teacher)
-            for mine, its, variance in zip(levels, known, variances, strict=True):
-                scores = scores - ((mine - its).square() / variance).mean(-1)
+        if not self._to_teacher:
+            scores = self._log_probability(opinion[0], points, game.labels)
         else:
-            scores = self._log_probability(opinion, points, game.labels)
-        return scores if self._pool is not None else points.like(scores)
+            self._check_pairs(game)
+            if known is None:
+                known = _still(opinion) if side == "teacher" else self._of_teacher(game)
+            scores = self._likeness(opinion, known, game.teacher)
+        return scores if self._pools(points) else points.like(scores)
+
+    def _likeness(self, opinion: _Opinion, known: _Opinion, teacher: Points) -> Tensor:
+        (mine, levels), (wanted, known_levels) = opinion, known
+        # A class that the head rules out (a logit of -inf) weighs nothing, and is no 0 * inf.
+        difference = (mine - wanted).masked_fill(wanted == -torch.inf, 0)
+        scores = (wanted.exp() * difference).sum(-1)
+        for own, its, units in zip(levels, known_levels, self.level_units, strict=True):
+            unit = units.of(self._level_points(its, teacher)).to(its.dtype)
+            scores = scores - ((own - its) / unit).square().mean(-1)
+        return scores
 
     @torch.no_grad()
+    def prepare(self, channels: int) -> None:
+        """See how wide the levels are for features of so many channels."""
+        if self.levels:
+            like = next((t for t in self.head.buffers() if t.is_floating_point()), torch.zeros(()))
+            _, levels = self._opinion(Points(like.new_zeros(1, 1, channels)), "zeros")
+            for level, units in zip(levels, self.level_units, strict=True):
+                units.resize(level.shape[-1])
+
     def observe(self, game: Game) -> None:
         """Follow the variance of what the levels put out for the teacher."""
-        if not self.levels:
-            return
-        _, known = self._opinion("teacher", game.teacher.detach())
-        self.level_batches.add_(1)
-        rate = (1 / self.level_batches).clamp(min=_MOMENTUM)
-        for number, latest in enumerate(self._batch_variances(known, game.teacher)):
-            name = f"level_variance_{number}"
-            running = getattr(self, name)
-            running = (
-                latest if running.numel() == 0 else torch.lerp(running, latest, rate.to(latest))
-            )
-            setattr(self, name, running)
+        if self.levels:
+            _, known = self._of_teacher(game)
+            for level, units in zip(known, self.level_units, strict=True):
+                units.observe(self._level_points(level, game.teacher))
 
-    def _variances(self, known: list[Tensor], teacher: Points) -> list[Tensor]:
-        """Of each level, per channel: the running one; before there is one, the batch's."""
-        running = [getattr(self, f"level_variance_{n}") for n in range(len(self.levels))]
-        if any(v.numel() == 0 for v in running):
-            running = self._batch_variances(known, teacher)
-        # A unit that is dead or hardly varies must not outweigh all others.
-        floors = [_FLOOR * v.mean() for v in running]
-        return [torch.where(f > 0, v + f, 1.0) for v, f in zip(running, floors, strict=True)]
+    def _pools(self, points: Points) -> bool:
+        """Whether the points of a cloud become one feature; global features are such already."""
+        return self._pool is not None and not points.is_global
 
-    def _batch_variances(self, known: list[Tensor], teacher: Points) -> list[Tensor]:
-        variances = []
-        for level in known:
-            rows = level.flatten(0, -2)
-            if self._pool is None and teacher.mask is not None:
-                counted = teacher.mask.flatten().unsqueeze(1)
-                count = counted.sum().clamp_min(1)
-                mean = torch.where(counted, rows, 0).sum(0) / count
-                variances.append(torch.where(counted, (rows - mean).square(), 0).sum(0) / count)
-            else:
-                variances.append((rows - rows.mean(0)).square().mean(0))
-        return variances
+    def _level_points(self, level: Tensor, teacher: Points) -> Points:
+        """What a level put out, and which of it counts: of points, or of clouds that have any."""
+        mask = teacher.mask
+        if self._pools(teacher) and teacher.uneven:
+            mask = teacher.lengths() > 0
+        return Points(level) if mask is None else Points(level).only(mask)
 
-    def _opinion(self, name: str, points: Points) -> tuple[Tensor, list[Tensor]]:
+    @torch.no_grad()
+    def _of_teacher(self, game: Game) -> _Opinion:
+        return self._opinion(game.teacher, "teacher")
+
+    def _opinion(self, points: Points, name: str) -> _Opinion:
         """The head's log-probabilities, ``(B, K)`` or per point, and what the levels put out."""
-        features = points.features
-        inputs = features if self._pool is None else self._pool(points, features)
+        inputs = points.features
+        if self._pool is not None and self._pools(points):
+            inputs = self._pool(points, inputs)
         rows = inputs.flatten(0, -2)
         logits = self.head(rows.T.unsqueeze(0) if self._points_last else rows)
         logits = self._as_rows(f"of {name}", logits, rows)
@@ -241,13 +259,10 @@ class HeadDiscriminator(Discriminator):
         )
 
     def _check_pairs(self, game: Game) -> None:
-        if (
-            self._pool is None
-            and game.student.features.shape[:-1] != game.teacher.features.shape[:-1]
-        ):
+        if not self._pools(game.student) and not same_points(game):
             message = (
-                "reference: expected the teacher's features of the same clouds and points "
-                f"(pool=None) as features, got {describe(game.teacher.tensor())} for "
+                "teacher: expected features of the same clouds and points (pool=None) as the "
+                f"student's, got {describe(game.teacher.tensor())} for "
                 f"{describe(game.student.tensor())}"
             )
             raise ValueError(message)
@@ -260,7 +275,7 @@ class HeadDiscriminator(Discriminator):
             )
             raise ValueError(message)
         index = class_index(
-            labels, points, opinion.shape[-1], per_cloud=self._pool is not None
+            labels, points, opinion.shape[-1], per_cloud=self._pools(points)
         ).expand(opinion.shape[:-1])
         chosen = opinion.gather(-1, index.clamp_min(0).long().unsqueeze(-1)).squeeze(-1)
         return torch.where(index >= 0, chosen, 0.0)
@@ -288,7 +303,45 @@ def _frozen_copy(head: nn.Module) -> nn.Module:
             tensor = shared.setdefault(id(parameter), parameter.detach())
             module.register_buffer(name, tensor, persistent=False)
         module._non_persistent_buffers_set.update(module._buffers)
+        if getattr(module, "inplace", False):
+            # It would overwrite the features that are scored, or what a level has put out.
+            module.inplace = False  # type: ignore[assignment]
     return frozen
+
+
+def _still(opinion: _Opinion) -> _Opinion:
+    return opinion[0].detach(), [level.detach() for level in opinion[1]]
+
+
+class _LevelUnits(Standardize):
+    """What one unit of a level is, channel by channel; how many there are, the first batch says."""
+
+    def __init__(self) -> None:
+        super().__init__(0, _MOMENTUM)
+
+    def of(self, points: Points) -> Tensor:
+        """The running ones; before there are any, those of this batch."""
+        latest = unit_of(*moments(points))
+        if not self.mean.numel():
+            return latest
+        return torch.where(self.batches > 0, self.unit().to(latest.dtype), latest)
+
+    def observe(self, points: Points) -> None:
+        """Follow the variance of the channels."""
+        self.resize(points.channels)
+        super().observe(points)
+
+    def resize(self, channels: int) -> None:
+        """Make room for so many channels, if there is other or none."""
+        if channels != len(self.mean):
+            self.mean, self.variance = self.mean.new_zeros(channels), self.mean.new_ones(channels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load, whether more or less was seen before."""
+        mean = state_dict.get(f"{prefix}mean")
+        if isinstance(mean, Tensor) and mean.dim() == 1:
+            self.resize(len(mean))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Level(nn.Module):
@@ -297,11 +350,13 @@ class _Level(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.seen: Tensor | None = None
+        self.seen: object = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen = self.layer(*args, **kwargs)
-        return self.seen
+        outputs = self.layer(*args, **kwargs)
+        # What follows may work in place.
+        self.seen = outputs.clone() if isinstance(outputs, Tensor) else outputs
+        return outputs
 
 
 def _replace(module: nn.Module, path: str, by: nn.Module) -> None:
@@ -311,9 +366,8 @@ def _replace(module: nn.Module, path: str, by: nn.Module) -> None:
 
 def _checked_levels(levels: object, head: nn.Module, to_teacher: bool) -> tuple[str, ...]:
     if not isinstance(levels, (tuple, list)) or not all(isinstance(p, str) for p in levels):
-        raise expected(
-            "levels", "a sequence of paths of layers of the head", levels, error=TypeError
-        )
+        wanted = "a sequence of paths of layers of the head"
+        raise expected("levels", wanted, describe(levels), error=TypeError)
     if levels and not to_teacher:
         raise expected("levels", "none with target='labels', which knows no teacher", repr(levels))
     known = [name for name, _ in head.named_modules()]

@@ -48,8 +48,9 @@ class MatchDiscriminator(Discriminator):
             the state dict.
 
     Shape:
-        - a game of ``(B, N, C)`` and ``(B, M, C)``, or ragged or masked ones for "pooled"
-        - scores: ``(B,)``, at most 0
+        - a game of ``(B, N, C)`` and ``(B, M, C)``, masked or not, or global ``(B, C)``; or ragged
+          ones for "pooled"
+        - scores: ``(B,)``, at most 0; ``(1, B)`` of global features
 
     Raises:
         ValueError: an unknown distance, a temperature that is not positive, a queue with another
@@ -121,90 +122,132 @@ class MatchDiscriminator(Discriminator):
     def score(self, game: Game, side: Side) -> Tensor:
         """Score every cloud: the log-probability of being recognised as its own."""
         self._check(game)
-        points, known = game.points(side), game.teacher.detach()
-        if self.distance == "pooled":
-            distance = self._pooled(points, known)
-        else:
-            compare = self._energy if self.distance == "energy" else self._chamfer
-            distance = compare(points.features, known.features)
+        points, known = _as_clouds(game.points(side)), _as_clouds(game.teacher.detach())
+        compare = {"pooled": self._pooled, "energy": self._energy, "chamfer": self._chamfer}
+        distance = compare[self.distance](points, known)
         temperature = self.log_temperature.clamp(_COLDEST, _WARMEST).exp()
-        logits = -distance / temperature
-        if self.queue:
-            # The part of the queue that is still empty.
-            place = torch.arange(distance.shape[-1], device=distance.device)
-            logits = logits.masked_fill(place >= known.batch + self.filled, -torch.inf)
-        return logits.log_softmax(-1).diagonal()
+        logits = (-distance / temperature).masked_fill(~self._candidates(known), -torch.inf)
+        scores = logits.log_softmax(-1).diagonal()
+        return scores.unsqueeze(0) if game.student.is_global else scores
+
+    def _candidates(self, known: Points) -> Tensor:
+        """Whom a cloud may be taken for, (B, B + queue): itself, and what is no empty cloud."""
+        itself = torch.eye(known.batch, dtype=torch.bool, device=known.features.device)
+        place = torch.arange(self.queue, device=known.features.device)
+        # The rest of the queue is still empty.
+        past = (place < self.filled).expand(known.batch, -1)
+        return torch.cat([itself | (known.lengths() > 0), past], -1)
 
     @torch.no_grad()
     def observe(self, game: Game) -> None:
         """Put the teacher's clouds into the queue, once both sides were scored without them."""
         if self.queue:
-            known = pooled(game.teacher).to(self.past.dtype)
-            self.past.copy_(torch.cat([known, self.past])[: self.queue])
-            self.filled.copy_((self.filled + len(known)).clamp_max(self.queue))
+            teacher = _as_clouds(game.teacher)
+            counts = teacher.lengths() > 0
+            latest = pooled(teacher).to(self.past.dtype)[
+                counts.argsort(descending=True, stable=True)
+            ]
+            # Those of the batch that are no empty clouds, and then the past ones.
+            place = torch.arange(self.queue, device=latest.device)
+            row = torch.where(place < counts.sum(), place, place - counts.sum() + len(latest))
+            self.past.copy_(torch.cat([latest, self.past])[row])
+            self.filled.copy_((self.filled + counts.sum()).clamp_max(self.queue))
 
     def _check(self, game: Game) -> None:
         check_channels(game, self.channels)
-        if game.teacher.batch < 2 and not self.queue:
+        if _as_clouds(game.teacher).batch < 2 and not self.queue:
             message = (
-                "features: MatchDiscriminator recognises a cloud among others, and needs at least "
-                f"2 clouds in a batch or queue= at least 1, got {describe(game.student.tensor())}; "
-                "pass global features as (B, 1, C)"
+                "student: MatchDiscriminator recognises a cloud among others, and needs at least "
+                f"2 clouds in a batch or queue= at least 1, got {describe(game.student.tensor())}"
             )
             raise ValueError(message)
-        if self.distance != "pooled" and (game.student.uneven or game.teacher.uneven):
+        if self.distance != "pooled" and game.student.offsets is not None:
             message = (
-                f"features: distance={self.distance!r} expects clouds of equal size, (B, N, C), "
-                f"got {describe(game.student.tensor())}; ragged and masked ones can use "
-                'distance="pooled"'
+                f"student: distance={self.distance!r} compares all pairs of dense clouds, "
+                f"(B, N, C), with a mask or without, got {describe(game.student.tensor())}; pad "
+                'them and pass mask=, or take distance="pooled"'
             )
             raise ValueError(message)
 
-    def _pooled(self, features: Points, reference: Points) -> Tensor:
+    def _pooled(self, points: Points, known: Points) -> Tensor:
         """Squared distances of pooled features to those of the teacher, (B, B + queue)."""
-        own, known = pooled(features), pooled(reference)
-        own, known = own.to(self.past.dtype), known.to(self.past.dtype)
-        center = known.mean(0)
-        own, here = own - center, known - center
+        own, here = pooled(points).to(self.past.dtype), pooled(known).to(self.past.dtype)
+        center = _mean_cloud(here, known)
+        own, here = own - center, here - center
         # Twice the variance: the mean squared distance between two of the teacher's clouds.
-        unit = 2 * here.square().sum(-1).mean()
+        unit = 2 * _mean_cloud(here.square(), known).sum()
         others = torch.cat([here, self.past - center]) if self.queue else here
         distance = own.square().sum(-1, keepdim=True) + others.square().sum(-1)
         distance = (distance - 2 * own @ others.mT).clamp_min(0)
         return distance / torch.where(unit > 0, unit, 1.0)
 
-    def _energy(self, features: Tensor, reference: Tensor) -> Tensor:
-        within = self._mean_kernel(reference, reference)
-        across = _all_pairs(self._mean_kernel, features, reference)
-        distance = self._mean_kernel(features, features)[:, None] + within - 2 * across
-        return distance / _unit(-within)
+    def _energy(self, points: Points, known: Points) -> Tensor:
+        within = self._mean_kernel(known, known)
+        across = _all_pairs(self._mean_kernel, points, known)
+        distance = self._mean_kernel(points, points)[:, None] + within - 2 * across
+        return distance / _unit(-within, known)
 
-    def _mean_kernel(self, x: Tensor, y: Tensor) -> Tensor:
+    def _mean_kernel(self, x: Points, y: Points) -> Tensor:
         """Minus the mean distance of the points of each cloud to those of its partner."""
-        return ops.kernel_mean(x, y, ops.Energy(), backend=self.backend).mean(-1)
+        weights = None
+        if y.mask is not None:
+            mask = y.mask | ~y.mask.any(1, keepdim=True)
+            weights = mask.to(torch.promote_types(y.features.dtype, torch.float32))
+        kernel = ops.Energy()
+        mean = ops.kernel_mean(x.features, y.features, kernel, weights, backend=self.backend)
+        return x.mean(mean)
 
-    def _chamfer(self, features: Tensor, reference: Tensor) -> Tensor:
-        wide = reference.to(torch.promote_types(reference.dtype, torch.float32))
-        spread = 2 * (wide - wide.mean(1, keepdim=True)).square().sum(-1).mean(-1)
+    def _chamfer(self, points: Points, known: Points) -> Tensor:
+        wide = known.features.to(torch.promote_types(known.features.dtype, torch.float32))
+        norms = (wide - known.spread(known.mean(wide))).square().sum(-1)
 
-        def chamfer(x: Tensor, y: Tensor) -> Tensor:
-            there, _ = ops.nearest(x, y, backend=self.backend)
-            back, _ = ops.nearest(y, x, backend=self.backend)
-            return there.mean(-1) + back.mean(-1)
+        def chamfer(x: Points, y: Points) -> Tensor:
+            there, _ = ops.nearest(x.features, y.features, backend=self.backend)
+            back, _ = ops.nearest(y.features, x.features, backend=self.backend)
+            return x.mean(there) + y.mean(back)
 
-        return _all_pairs(chamfer, features, reference) / _unit(spread)
+        distance = _all_pairs(chamfer, _without_holes(points), _without_holes(known))
+        return distance / _unit(2 * known.mean(norms), known)
 
 
-def _all_pairs(compare: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+def _as_clouds(points: Points) -> Points:
+    """Global features as what they are: clouds of one point."""
+    if not points.is_global:
+        return points
+    mask = None if points.mask is None else points.mask.mT
+    return Points(points.features.transpose(0, 1), None, mask)
+
+
+def _without_holes(points: Points) -> Points:
+    """With the first point that counts in place of those that do not: as near, to all others."""
+    if points.mask is None:
+        return points
+    first = points.mask.to(torch.uint8).argmax(1).reshape(-1, 1, 1)
+    filling = points.features.gather(1, first.expand(-1, 1, points.channels))
+    return points.map(lambda values: points.fill(values, filling))
+
+
+def _all_pairs(compare: Callable[[Points, Points], Tensor], x: Points, y: Points) -> Tensor:
     """compare(x_i, y_j) for all i and j, (B, B): each call takes y turned round by one more."""
-    count = len(x)
-    columns = [compare(x, y.roll(-shift, 0)) for shift in range(count)]
-    place = torch.arange(count, device=x.device)
+    columns = [compare(x, _rolled(y, shift)) for shift in range(x.batch)]
+    place = torch.arange(x.batch, device=x.features.device)
     # Entry (i, s) belongs to j = (i + s) mod B.
-    return torch.stack(columns, -1).gather(1, (place - place.unsqueeze(1)) % count)
+    return torch.stack(columns, -1).gather(1, (place - place.unsqueeze(1)) % x.batch)
 
 
-def _unit(values: Tensor) -> Tensor:
+def _rolled(points: Points, shift: int) -> Points:
+    mask = None if points.mask is None else points.mask.roll(-shift, 0)
+    return Points(points.features.roll(-shift, 0), None, mask)
+
+
+def _mean_cloud(values: Tensor, known: Points) -> Tensor:
+    """The mean over the clouds that have points."""
+    counts = (known.lengths() > 0).to(values.dtype)
+    weighted = values * counts.reshape(-1, *[1] * (values.dim() - 1))
+    return weighted.sum(0) / counts.sum().clamp_min(1)
+
+
+def _unit(values: Tensor, known: Points) -> Tensor:
     """The mean over the clouds of what a distance is measured in; 1 if there is no spread."""
-    unit = values.detach().mean()
+    unit = _mean_cloud(values.detach(), known)
     return torch.where(unit > 0, unit, 1.0)

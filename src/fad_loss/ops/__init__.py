@@ -21,16 +21,14 @@ are bitwise repeatable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fad_loss._checks import check_finite, check_tensor, look
-from fad_loss._errors import describe
-from fad_loss._ragged import is_ragged, pack, unpack
+from fad_loss._checks import check_finite, look
 from fad_loss.ops import _dense, _library
 from fad_loss.ops._backends import select
+from fad_loss.ops._inputs import Pair, bias_of, check_pair, check_transforms, mass
 from fad_loss.ops.kernels import (
     Energy,
     Gaussian,
@@ -38,6 +36,7 @@ from fad_loss.ops.kernels import (
     Kernel,
     Laplacian,
     _positive,
+    within_range,
 )
 
 __all__ = [
@@ -51,135 +50,6 @@ __all__ = [
     "nearest",
     "softmin",
 ]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two validated sets of clouds: batched (B, N, C), or packed (T, C) with offsets."""
-
-    x: Tensor
-    y: Tensor
-    x_offsets: Tensor | None
-    y_offsets: Tensor | None
-    ragged_x: Tensor | None
-
-    def like_x(self, result: Tensor) -> Tensor:
-        """Give a result the layout of x."""
-        return result if self.ragged_x is None else unpack(result, self.ragged_x)
-
-    def along_y(self, name: str, t: Tensor) -> Tensor:
-        """Validate a value for each point of y, (B, M) or ragged, and pack it."""
-        check_tensor(name, t)
-        packed, offsets = pack(t) if is_ragged(t) else (t, None)
-        if (offsets is None) != (self.y_offsets is None) or packed.shape != self.y.shape[:-1]:
-            expected = "ragged, with the lengths of y" if self.y_offsets is not None else "(B, M)"
-            message = (
-                f"{name}: expected one value for each point of y, {expected}; got {describe(t)}"
-            )
-            if self.y_offsets is None:
-                message += f" for y of shape {tuple(self.y.shape)}"
-            raise ValueError(message)
-        # What belongs to points in half precision may itself be wider, as results are.
-        wide = _dense.accumulation_dtype(self.y.dtype)
-        for what, fits, error in (
-            ("dtype", packed.dtype in {self.y.dtype, wide}, TypeError),
-            ("device", packed.device == self.y.device, ValueError),
-        ):
-            if not fits:
-                message = (
-                    f"{name}: expected the {what} of y ({describe(self.y)}), got {describe(t)}; "
-                    f"convert it with {name}.to(y.{what})"
-                )
-                raise error(message)
-        if offsets is not None and self.y_offsets is not None:
-            _check_same_clouds(name, offsets, "y", self.y_offsets)
-        return packed
-
-
-def _check_same_clouds(name: str, a: Tensor, other: str, b: Tensor) -> None:
-    if a is not b and look(a) and look(b) and not torch.equal(a, b):
-        message = (
-            f"{name} and {other}: expected clouds of the same lengths, got "
-            f"{a.diff().tolist()} and {b.diff().tolist()}"
-        )
-        raise ValueError(message)
-
-
-def _check_pair(x: Tensor, y: Tensor, *, exclude_self: bool) -> _Pair:
-    for name, t in (("x", x), ("y", y)):
-        check_tensor(name, t)
-        if t.dim() != 3:
-            hint = f"; add the batch with {name}.unsqueeze(0)" if t.dim() == 2 else ""
-            message = f"{name}: expected clouds of shape (B, points, C), got {describe(t)}{hint}"
-            raise ValueError(message)
-    if is_ragged(x) != is_ragged(y):
-        message = (
-            "x and y: expected both ragged or both not, got "
-            f"{describe(x)} and {describe(y)}; make the other one ragged with fad_loss.ragged"
-        )
-        raise ValueError(message)
-    ragged_x = x if is_ragged(x) else None
-    x_offsets = y_offsets = None
-    given = x, y
-    if ragged_x is not None:
-        (x, x_offsets), (y, y_offsets) = pack(x), pack(y)
-    _check_match(*given)
-    if x_offsets is not None and y_offsets is not None:
-        same_batch = len(x_offsets) == len(y_offsets)
-    else:
-        same_batch = x.shape[0] == y.shape[0]
-    if not same_batch:
-        message = (
-            "x and y: expected the same number of clouds B (first axis), but "
-            f"{_came(*given)}; feed both the same batch"
-        )
-        raise ValueError(message)
-    if exclude_self:
-        if x_offsets is not None and y_offsets is not None:
-            _check_same_clouds("exclude_self: x", x_offsets, "y", y_offsets)
-        if x.shape != y.shape:
-            message = f"exclude_self: expected x and y to be the same points, but {_came(*given)}"
-            raise ValueError(message)
-    for name, t in (("x", x), ("y", y)):
-        _check_range(name, t)
-    return _Pair(x, y, x_offsets, y_offsets, ragged_x)
-
-
-def _came(x: Tensor, y: Tensor) -> str:
-    # Described only when needed: formatting sizes is not possible while compiling.
-    return f"x is {describe(x)}, y is {describe(y)}"
-
-
-def _check_match(x: Tensor, y: Tensor) -> None:
-    if x.dtype != y.dtype:
-        message = f"x and y: expected one dtype, but {_came(x, y)}; convert one with .to(dtype)"
-        raise TypeError(message)
-    if x.device != y.device:
-        message = f"x and y: expected one device, but {_came(x, y)}; move one with .to(device)"
-        raise ValueError(message)
-    if x.shape[-1] != y.shape[-1]:
-        message = f"x and y: expected the same number of channels C (last axis), but {_came(x, y)}"
-        raise ValueError(message)
-    if x.shape[-1] == 0:
-        message = f"x and y: expected at least one channel, but {_came(x, y)}"
-        raise ValueError(message)
-
-
-def _check_range(name: str, t: Tensor) -> None:
-    """Raise if values that may be looked at are not finite, or so large that distances overflow."""
-    if not look(t) or t.numel() == 0:
-        return
-    # |x - y|^2 is at most 4 C times the largest square; another 4 is room for sums of products.
-    limit = (torch.finfo(_dense.accumulation_dtype(t.dtype)).max / (16 * t.shape[-1])) ** 0.5
-    low, high = t.detach().aminmax()
-    if -limit <= float(low) and float(high) <= limit:
-        return
-    check_finite(name, t)
-    message = (
-        f"{name}: expected magnitudes of at most {limit:.1e}, so that squared distances do not "
-        f"overflow, got {max(-float(low), float(high)):.1e} ({describe(t)}); normalize the features"
-    )
-    raise ValueError(message)
 
 
 def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -223,7 +93,7 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         >>> nearest(x, y)
         (tensor([[1., 1.]]), tensor([[0, 2]]))
     """
-    pair = _check_pair(x, y, exclude_self=False)
+    pair = check_pair(x, y, exclude_self=False)
     distance, index = _knn(pair, 1, exclude_self=False, backend=backend)
     return pair.like_x(distance.squeeze(-1)), pair.like_x(index.squeeze(-1))
 
@@ -232,6 +102,9 @@ def knn(
     x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     r"""For each point of x, the k nearest points of y, the nearest first.
+
+    .. math:: d_{i1} \le \dots \le d_{ik}, \qquad
+        \{j_{i1}, \dots, j_{ik}\} = \operatorname{argmin}_{|J| = k} \sum_{j \in J} |x_i - y_j|^2
 
     Exact in the same way as `nearest`. Equal distances come in the order of their index.
 
@@ -267,7 +140,7 @@ def knn(
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         message = f"k: expected an int, got {type(k).__name__} {k!r}"
         raise TypeError(message)
-    pair = _check_pair(x, y, exclude_self=exclude_self)
+    pair = check_pair(x, y, exclude_self=exclude_self)
     if k < 1:
         message = f"k: expected at least 1 neighbor, got {k}"
         raise ValueError(message)
@@ -284,9 +157,10 @@ def knn(
     return pair.like_x(distance), pair.like_x(index)
 
 
-def _knn(pair: _Pair, k: int, *, exclude_self: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _knn(pair: Pair, k: int, *, exclude_self: bool, backend: str) -> tuple[Tensor, Tensor]:
     chosen = select(backend, pair.x.device, pair.x.dtype)
     if chosen != "dense":
+        check_transforms(pair.x, pair.y)
         distance, index = _library.knn(
             pair.x, pair.y, k, exclude_self, pair.x_offsets, pair.y_offsets, chosen
         )
@@ -357,7 +231,8 @@ def kernel_mean(
             f"fad_loss.ops, got {type(kernel).__name__} {kernel!r}"
         )
         raise TypeError(message)
-    pair = _check_pair(x, y, exclude_self=exclude_self)
+    pair = check_pair(x, y, exclude_self=exclude_self)
+    within_range("bandwidth", kernel.parameters, pair.x.dtype)
     w = None if weights is None else pair.along_y("weights", weights)
     if w is not None:
         check_finite("weights", w)
@@ -367,10 +242,10 @@ def kernel_mean(
         # Once, for the sum and the mass: their gradients nearly cancel, and must not be rounded to
         # half precision before they meet.
         w = w.to(_dense.accumulation_dtype(w.dtype))
-    mass = _mass(pair, w, exclude_self=exclude_self)
     chosen = select(backend, pair.x.device, pair.x.dtype)
     offsets = pair.x_offsets, pair.y_offsets
     if chosen != "dense":
+        check_transforms(pair.x, pair.y, w)
         parameters = list(kernel.parameters)
         total = _library.kernel_sum(
             pair.x, pair.y, w, kernel.name, parameters, exclude_self, *offsets, chosen
@@ -382,46 +257,12 @@ def kernel_mean(
 
         total = _reference(reference, pair, w)
     # Where nothing is left to average the sum is 0 as well, and so is the mean.
-    return pair.like_x(total / torch.where(mass == 0, 1.0, mass))
-
-
-def _mass(pair: _Pair, weights: Tensor | None, *, exclude_self: bool) -> Tensor:
-    """The sum of the weights that each point of x averages over, broadcastable to (B, N)."""
-    dtype = _dense.accumulation_dtype(pair.x.dtype)
-    own: Tensor | float = 1.0
-    if pair.x_offsets is None or pair.y_offsets is None:
-        if weights is None:
-            size = pair.y.shape[1] - int(exclude_self)
-            return pair.x.new_full((1, 1), max(size, 0), dtype=dtype)
-        total = weights.sum(1, keepdim=True)
-        own = weights
-    else:
-        lengths = pair.x_offsets.diff()
-        if weights is None:
-            total = pair.y_offsets.diff().to(dtype)
-        else:
-            own = weights
-            clouds = torch.arange(len(lengths), device=own.device)
-            of = clouds.repeat_interleave(pair.y_offsets.diff(), output_size=own.shape[0])
-            total = own.new_zeros(len(lengths)).index_put((of,), own, accumulate=True)
-    if weights is not None and look(total) and bool((total == 0).any()):
-        empty = pair.y_offsets.diff() == 0 if pair.y_offsets is not None else pair.y.shape[1] == 0
-        if bool(((total.detach().reshape(-1) == 0) & ~torch.as_tensor(empty)).any()):
-            message = "weights: expected a positive sum in every cloud, got a sum of 0"
-            raise ValueError(message)
-    if pair.x_offsets is not None:
-        total = total.repeat_interleave(pair.x_offsets.diff(), output_size=pair.x.shape[0])
-    if not exclude_self:
-        return total
-    if weights is None:
-        return total - own
-    # The difference rounds: what should be 0 (a single weighted point) must not become 1e-8.
-    rest = total - own
-    return torch.where(rest <= 4 * torch.finfo(dtype).eps * total, 0.0, rest)
+    weight = mass(pair, w, exclude_self=exclude_self)
+    return pair.like_x(total / torch.where(weight == 0, 1.0, weight))
 
 
 def _reference(
-    function: Callable[..., tuple[Tensor, ...]], pair: _Pair, along: Tensor | None
+    function: Callable[..., tuple[Tensor, ...]], pair: Pair, along: Tensor | None
 ) -> Tensor:
     if pair.x_offsets is None or pair.y_offsets is None:
         return function(pair.x, pair.y, along)[0]
@@ -496,12 +337,14 @@ def softmin(
     if not values:
         message = "epsilon: expected at least one temperature, got an empty sequence"
         raise ValueError(message)
-    pair = _check_pair(x, y, exclude_self=exclude_self)
-    bias = _bias(pair, values, potential, log_weights)
+    pair = check_pair(x, y, exclude_self=exclude_self)
+    within_range("epsilon", values, pair.x.dtype, power=2)
+    bias = bias_of(pair, values, potential, log_weights)
     chosen = select(backend, pair.x.device, pair.x.dtype)
     if chosen != "dense":
+        check_transforms(pair.x, pair.y, bias)
         offsets = pair.x_offsets, pair.y_offsets
-        result = _library.softmin(pair.x, pair.y, bias, values, exclude_self, *offsets, chosen)
+        result = _library.softmin(pair.x, pair.y, bias, values, exclude_self, *offsets, chosen)[0]
     else:
 
         def reference(x: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor]:
@@ -509,24 +352,3 @@ def softmin(
 
         result = _reference(reference, pair, bias)
     return pair.like_x(result if several else result.squeeze(-1))
-
-
-def _bias(
-    pair: _Pair, epsilon: list[float], potential: Tensor | None, log_weights: Tensor | None
-) -> Tensor | None:
-    """h_j = f_j + eps log b_j for each epsilon, (..., E): all the operator needs to know."""
-    if potential is None and log_weights is None:
-        return None
-    dtype = _dense.accumulation_dtype(pair.y.dtype)
-    bias = torch.zeros((), dtype=dtype, device=pair.y.device)
-    if potential is not None:
-        f = pair.along_y("potential", potential)
-        check_finite("potential", f)
-        bias = bias + f.to(dtype).unsqueeze(-1)
-    if log_weights is not None:
-        b = pair.along_y("log_weights", log_weights)
-        if look(b) and bool((b.isnan() | (b == torch.inf)).any()):
-            message = "log_weights: expected finite values or -inf, got NaN or +inf"
-            raise ValueError(message)
-        bias = bias + b.to(dtype).unsqueeze(-1) * b.new_tensor(epsilon, dtype=dtype)
-    return bias.expand(*pair.y.shape[:-1], len(epsilon)).contiguous()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fad_loss.ops._dense import accumulation_dtype
+from fad_loss.ops._precision import full_precision
 from fad_loss.ops.kernels import kernel_from
 
 _PAIR = "Tensor x, Tensor y"
@@ -33,11 +34,12 @@ def _register(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
         def run(*args: Any) -> Any:
             # Autocast would reach the matrix products in here and round distances to bfloat16:
             # wrong neighbors. Each operator chooses its precision itself, by the dtype of x.
-            device = args[0].device.type
-            if not torch.is_autocast_enabled(device):
-                return function(*args)
-            with torch.autocast(device, enabled=False):
-                return function(*args)
+            device = args[0].device
+            with full_precision(device):
+                if not torch.is_autocast_enabled(device.type):
+                    return function(*args)
+                with torch.autocast(device.type, enabled=False):
+                    return function(*args)
 
         op = torch.library.custom_op(f"fad_loss::{name}", run, mutates_args=(), schema=schema)
         op.register_vmap(_over_batch(op))
@@ -304,34 +306,67 @@ kernel_sum_double_backward.register_autograd(_no_third_derivative, setup_context
 # ------------------------------------------------------------------------------------- softmin
 
 
-@_register("softmin", f"({_PAIR}, Tensor? bias, {_SOFTMIN}) -> Tensor")
+@_register("softmin", f"({_PAIR}, Tensor? bias, {_SOFTMIN}) -> (Tensor, Tensor, Tensor)")
 def softmin(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
-    """Minus eps log sum_j exp((h_j - d_ij) / eps), for each epsilon."""
+    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon: least - eps log(total).
+
+    Returned beside its two parts, the smallest d_ij - h_j and the sum relative to it, which the
+    backward needs: exponentials of the result would carry its rounding, divided by eps.
+    """
     run = _implementation(backend).softmin
-    return run(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets)
+    found = run(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets)
+    # A backend that returns the result alone keeps its exponentials relative to that.
+    return found if isinstance(found, tuple) else (found, found.clone(), torch.ones_like(found))
 
 
 @softmin.register_fake
 def _(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
-    return _wide_empty(x, (*x.shape[:-1], len(epsilon)))
+    shape = (*x.shape[:-1], len(epsilon))
+    return tuple(_wide_empty(x, shape) for _ in range(3))
 
 
 @_register(
     "softmin_backward",
-    f"(Tensor grad, {_PAIR}, Tensor? bias, Tensor out, {_SOFTMIN}, bool of_y, bool of_bias)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, {_PAIR}, Tensor? bias, Tensor least, Tensor total, {_SOFTMIN}, "
+    "bool of_y, bool of_bias) -> (Tensor, Tensor, Tensor)",
 )
 def softmin_backward(  # type: ignore[no-untyped-def]
-    grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend, of_y, of_bias
+    grad,
+    x,
+    y,
+    bias,
+    least,
+    total,
+    epsilon,
+    exclude_self,
+    x_offsets,
+    y_offsets,
+    backend,
+    of_y,
+    of_bias,
 ):
     """Gradients by x, y and the bias."""
     run = _implementation(backend).softmin_backward
-    return run(grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, of_y, of_bias)
+    # A row without neighbors has no exponentials either.
+    grad = grad / torch.where(total > 0, total, 1.0)
+    return run(grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets, of_y, of_bias)
 
 
 @softmin_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend, of_y, of_bias
+    grad,
+    x,
+    y,
+    bias,
+    least,
+    total,
+    epsilon,
+    exclude_self,
+    x_offsets,
+    y_offsets,
+    backend,
+    of_y,
+    of_bias,
 ):
     return (
         _wide_empty(x),
@@ -342,20 +377,20 @@ def _(  # type: ignore[no-untyped-def]
 
 @_register(
     "softmin_double_backward",
-    f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, Tensor? bias, Tensor out, {_SOFTMIN})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, Tensor? bias, Tensor least, "
+    f"{_SOFTMIN}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def softmin_double_backward(  # type: ignore[no-untyped-def]
-    u, v, t, grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend
+    u, v, t, grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets, backend
 ):
     """Gradients of the backward: by its incoming gradient, x, y and the bias."""
     run = _implementation(backend).softmin_double_backward
-    return run(u, v, t, grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets)
+    return run(u, v, t, grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets)
 
 
 @softmin_double_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    u, v, t, grad, x, y, bias, out, epsilon, exclude_self, x_offsets, y_offsets, backend
+    u, v, t, grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets, backend
 ):
     bias_shape = (*y.shape[:-1], len(epsilon))
     return _wide_empty(grad), _wide_empty(x), _wide_empty(y), _wide_empty(y, bias_shape)
@@ -363,19 +398,22 @@ def _(  # type: ignore[no-untyped-def]
 
 def _softmin_setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, y, bias, *ctx.settings, x_offsets, y_offsets, ctx.backend = inputs
-    ctx.save_for_backward(x, y, bias, output, x_offsets, y_offsets)
+    _, least, total = output
+    # The double backward knows that they are functions of the others, so they are constants.
+    ctx.mark_non_differentiable(least, total)
+    ctx.save_for_backward(x, y, bias, least, total, x_offsets, y_offsets)
 
 
-def _softmin_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, y, bias, out, x_offsets, y_offsets = ctx.saved_tensors
+def _softmin_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    x, y, bias, least, total, x_offsets, y_offsets = ctx.saved_tensors
     of_y, of_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-    # The double backward knows that `out` is a function of the others, so it is a constant here.
     dx, dy, dbias = softmin_backward(
         grad,
         x,
         y,
         bias,
-        out.detach(),
+        least,
+        total,
         *ctx.settings,
         x_offsets,
         y_offsets,
@@ -392,13 +430,13 @@ def _softmin_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _softmin_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    grad, x, y, bias, out, *ctx.settings, x_offsets, y_offsets, ctx.backend, of_y, of_bias = inputs
-    ctx.of_y, ctx.of_bias = of_y, of_bias
-    ctx.save_for_backward(grad, x, y, bias, out, x_offsets, y_offsets)
+    grad, x, y, bias, least, _, *ctx.settings, x_offsets, y_offsets, ctx.backend = inputs[:-2]
+    ctx.of_y, ctx.of_bias = inputs[-2:]
+    ctx.save_for_backward(grad, x, y, bias, least, x_offsets, y_offsets)
 
 
 def _softmin_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple[Any, ...]:
-    grad, x, y, bias, out, x_offsets, y_offsets = ctx.saved_tensors
+    grad, x, y, bias, least, x_offsets, y_offsets = ctx.saved_tensors
     dgrad, dx, dy, dbias = softmin_double_backward(
         u,
         v if ctx.of_y else None,
@@ -407,13 +445,13 @@ def _softmin_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple
         x,
         y,
         bias,
-        out,
+        least,
         *ctx.settings,
         x_offsets,
         y_offsets,
         ctx.backend,
     )
-    return dgrad, dx.to(x.dtype), dy.to(y.dtype), _to(dbias, bias), *[None] * 8
+    return dgrad, dx.to(x.dtype), dy.to(y.dtype), _to(dbias, bias), *[None] * 9
 
 
 softmin.register_autograd(_softmin_backward, setup_context=_softmin_setup)

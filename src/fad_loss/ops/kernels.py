@@ -16,13 +16,21 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fad_loss._errors import expected
+
 
 class Kernel(ABC):
-    """A function of the squared distance between two points."""
+    """A function of the squared distance between two points.
+
+    The operations know the kernels of this module; each can also be called by itself.
+
+    Example:
+        >>> kernel = Gaussian(1.0)
+        >>> isinstance(kernel, Kernel), kernel.parameters, kernel.first(torch.zeros(1))
+        (True, (1.0,), tensor([-0.5000]))
+    """
 
     name: str
-    rough = False
-    """Whether it has a kink at d = 0, where points coincide."""
 
     @abstractmethod
     def __call__(self, d: Tensor) -> Tensor:
@@ -41,6 +49,11 @@ class Kernel(ABC):
         """The bandwidths, as they travel through operators."""
         return ()
 
+    @property
+    def scale(self) -> float:
+        """The squared distance below which it hardly changes; 0 if it has a kink at d = 0."""
+        return 0.0
+
 
 def _positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -50,6 +63,31 @@ def _positive(name: str, value: object) -> float:
         message = f"{name}: expected a positive finite number, got {value!r}"
         raise ValueError(message)
     return float(value)
+
+
+# Bandwidths whose fourth power, which second derivatives contain, and its inverse are numbers.
+# Temperatures are squares of bandwidths.
+def bandwidth_range(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest for points of a dtype; half precision is computed in float32."""
+    return (1e-75, 1e75) if dtype == torch.float64 else (1e-9, 1e17)
+
+
+def within_range(
+    name: str, values: Sequence[float], dtype: torch.dtype = torch.float64, *, power: int = 1
+) -> None:
+    """Raise if a bandwidth (or, with power 2, a temperature) is out of range."""
+    low, high = (end**power for end in bandwidth_range(dtype))
+    for value in values:
+        if not low <= value <= high:
+            kind = str(dtype).removeprefix("torch.")
+            remedy = "rescale the features" + (", or use float64" if low > 1e-20 else "")
+            raise expected(name, f"{low:.0e} to {high:.0e} for {kind}", f"{value!r}", remedy)
+
+
+def _bandwidth(value: object) -> float:
+    h = _positive("bandwidth", value)
+    within_range("bandwidth", [h])
+    return h
 
 
 @dataclass(frozen=True, init=False)
@@ -62,7 +100,8 @@ class Gaussian(Kernel):
         bandwidth: one h > 0, or several.
 
     Raises:
-        ValueError: no bandwidth, or one that is not positive and finite.
+        ValueError: no bandwidth, or one that is not from 1e-75 to 1e75; in float32, `kernel_mean`
+            takes 1e-9 to 1e17.
         TypeError: a bandwidth that is not a number.
 
     Source: Gretton et al., "A kernel two-sample test", JMLR 2012; the sum over several bandwidths
@@ -85,12 +124,17 @@ class Gaussian(Kernel):
         if not several:
             message = "bandwidth: expected at least one number, got an empty sequence"
             raise ValueError(message)
-        object.__setattr__(self, "bandwidth", tuple(_positive("bandwidth", h) for h in several))
+        object.__setattr__(self, "bandwidth", tuple(_bandwidth(h) for h in several))
 
     @property
     def parameters(self) -> tuple[float, ...]:
         """The bandwidths."""
         return self.bandwidth
+
+    @property
+    def scale(self) -> float:
+        """Twice the square of the smallest bandwidth."""
+        return 2 * min(self.bandwidth) ** 2
 
     def _derivative(self, d: Tensor, order: int) -> Tensor:
         total: Tensor | None = None
@@ -113,9 +157,13 @@ class Gaussian(Kernel):
         return self._derivative(d, 2)
 
 
-def _safe_root(d: Tensor) -> Tensor:
-    """sqrt(d) with d = 0 replaced by infinity: what is divided by it vanishes for equal points."""
-    return torch.where(d > 0, d, torch.inf).sqrt()
+def _safe_root(d: Tensor, power: int = 1) -> Tensor:
+    """sqrt(d) with d = 0 replaced by infinity: what is divided by it vanishes for equal points.
+
+    Points so close that a power of it underflows count as equal.
+    """
+    least = 0.0 if power == 1 else torch.finfo(d.dtype).tiny ** (2 / power)
+    return torch.where(d > least, d, torch.inf).sqrt()
 
 
 def _root(d: Tensor) -> Tensor:
@@ -136,7 +184,8 @@ class Laplacian(Kernel):
         bandwidth: h > 0.
 
     Raises:
-        ValueError: the bandwidth is not positive and finite.
+        ValueError: the bandwidth is not from 1e-75 to 1e75; in float32, `kernel_mean` takes 1e-9
+            to 1e17.
         TypeError: the bandwidth is not a number.
 
     Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn
@@ -150,11 +199,10 @@ class Laplacian(Kernel):
 
     bandwidth: float
     name = "laplacian"
-    rough = True
 
     def __init__(self, bandwidth: float) -> None:
         """Accept one bandwidth."""
-        object.__setattr__(self, "bandwidth", _positive("bandwidth", bandwidth))
+        object.__setattr__(self, "bandwidth", _bandwidth(bandwidth))
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -172,10 +220,11 @@ class Laplacian(Kernel):
 
     def second(self, d: Tensor) -> Tensor:
         """Second derivative by d."""
-        h, root = self.bandwidth, _safe_root(d)
+        h, root = self.bandwidth, _safe_root(d, 3)
         value = torch.exp(root * (-1.0 / h))
         # value is 0 at infinite root, so the product is 0 there, not 0 times infinity.
-        return value * (0.25 / (h * h) / root.square() + 0.25 / h / root.pow(3))
+        curvature = 0.25 / (h * h) / root.square() + 0.25 / h / root.pow(3)
+        return value * curvature.clamp_max(torch.finfo(d.dtype).max)
 
 
 @dataclass(frozen=True)
@@ -196,7 +245,6 @@ class Energy(Kernel):
     """
 
     name = "energy"
-    rough = True
 
     def __call__(self, d: Tensor) -> Tensor:
         """Value at the squared distance `d`, element-wise."""
@@ -208,7 +256,7 @@ class Energy(Kernel):
 
     def second(self, d: Tensor) -> Tensor:
         """Second derivative by d."""
-        return 0.25 / _safe_root(d).pow(3)
+        return 0.25 / _safe_root(d, 3).pow(3)
 
 
 @dataclass(frozen=True, init=False)
@@ -221,7 +269,8 @@ class InverseMultiquadric(Kernel):
         bandwidth: h > 0.
 
     Raises:
-        ValueError: the bandwidth is not positive and finite.
+        ValueError: the bandwidth is not from 1e-75 to 1e75; in float32, `kernel_mean` takes 1e-9
+            to 1e17.
         TypeError: the bandwidth is not a number.
 
     Source: Gorham and Mackey, "Measuring sample quality with kernels", ICML 2017.
@@ -237,12 +286,17 @@ class InverseMultiquadric(Kernel):
 
     def __init__(self, bandwidth: float) -> None:
         """Accept one bandwidth."""
-        object.__setattr__(self, "bandwidth", _positive("bandwidth", bandwidth))
+        object.__setattr__(self, "bandwidth", _bandwidth(bandwidth))
 
     @property
     def parameters(self) -> tuple[float, ...]:
         """The bandwidth."""
         return (self.bandwidth,)
+
+    @property
+    def scale(self) -> float:
+        """The square of the bandwidth."""
+        return self.bandwidth**2
 
     @property
     def _rate(self) -> float:

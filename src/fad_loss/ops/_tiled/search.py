@@ -10,8 +10,6 @@ accelerator, where asking would stall the stream, every row re-ranks a short lis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fad_loss.ops._dense import accumulation_dtype
+from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.tiles import (
     DIRECT_CHANNELS,
     direct_distances,
     groups,
     own_pairs,
-    rounding_unit,
     steps,
     tile_size,
 )
@@ -56,29 +54,11 @@ def knn(
     index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
     buffers = _Buffers()
     tile = _tile_size(x)
-    with _full_precision(x):
-        for group in groups(x, y, x_offsets, y_offsets, tile):
-            if group.of_x(x).shape[1] and group.of_y(y).shape[1]:
-                search = _Search(group.of_x(x), group.of_y(y), k, exclude_self, buffers)
-                search.run(group.of_x(distance), group.of_x(index))
+    for group in groups(x, y, x_offsets, y_offsets, tile):
+        if group.of_x(x).shape[1] and group.of_y(y).shape[1]:
+            search = _Search(group.of_x(x), group.of_y(y), k, exclude_self, buffers)
+            search.run(group.of_x(distance), group.of_x(index))
     return distance, index.masked_fill_(distance == torch.inf, -1)
-
-
-@contextmanager
-def _full_precision(t: Tensor) -> Iterator[None]:
-    """On a CPU, let the screening multiply in float32 whatever the user allows elsewhere.
-
-    A coarser product would leave more candidates than it saves time.
-    """
-    precision = torch.get_float32_matmul_precision()
-    if t.device.type != "cpu" or precision == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 class _Buffers:

@@ -4,11 +4,12 @@ With d_ij the squared distances, both are sums over j of a smooth function of d_
 directions in which x and y move: d_ij changes by delta_ij = 2 (x_i - y_j) . (u_i - v_j). Then
 
 - the backward needs one weight per pair, W_ij = dL/d(d_ij), and
-  `pull` multiplies it back: dx_i = 2 (sum_j W_ij) x_i - 2 sum_j W_ij y_j;
+  `Gradient` multiplies it back: dx_i = 2 sum_j W_ij (x_i - y_j);
 - the double backward is the gradient of S = sum_ij W_ij delta_ij + ..., which needs two weights per
-  pair: A_ij = dS/d(d_ij), pulled to x and y, and P_ij = dS/d(delta_ij) = W_ij, pulled to u and v.
+  pair: A_ij = dS/d(d_ij), for x and y, and P_ij = dS/d(delta_ij) = W_ij, for u and v.
 
-Weights are recomputed on each tile from the points, so memory stays O(N + M).
+Weights are recomputed on each tile from the points, so memory stays O(N + M). How far distances and
+gradients can be off is said in `distances.py`; a tile has the dtype that this takes.
 """
 
 from __future__ import annotations
@@ -19,42 +20,11 @@ import torch
 from torch import Tensor
 
 from fad_loss.ops._dense import accumulation_dtype
-from fad_loss.ops._tiled.tiles import Clouds, groups, own_pairs
+from fad_loss.ops._tiled.distances import Clouds, Gradient, Tile
+from fad_loss.ops._tiled.tiles import groups, own_pairs
 from fad_loss.ops.kernels import Kernel
 
 Offsets = Tensor | None
-Tile = tuple[slice, slice]
-
-
-def _pull(
-    weights: Tensor, x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor | None, tile: Tile
-) -> None:
-    """Add the gradient of sum_ij W_ij |x_i - y_j|^2 to that of x, and to that of y if wanted.
-
-    On centered points: the result is the same, and less of it cancels.
-    """
-    rows, columns = tile
-    x, y = x[:, rows], y[:, columns]
-    of_x[:, rows].addcmul_(x, weights.sum(-1, keepdim=True), value=2)
-    of_x[:, rows].baddbmm_(weights, y, alpha=-2)
-    if of_y is not None:
-        of_y[:, columns].addcmul_(y, weights.sum(-2).unsqueeze(-1), value=2)
-        of_y[:, columns].baddbmm_(weights.mT, x, alpha=-2)
-
-
-def _directional(
-    clouds: Clouds, u: Tensor | None, v: Tensor | None, rows: slice, columns: slice
-) -> Tensor:
-    """delta_ij = 2 (x_i - y_j) . (u_i - v_j) on one tile; a direction that is None is zero."""
-    x, y = clouds.x[:, rows], clouds.y[:, columns]
-    delta = x.new_zeros(x.shape[0], x.shape[1], y.shape[1])
-    if u is not None:
-        delta = delta + (x * u[:, rows]).sum(-1, keepdim=True)
-        delta = delta.baddbmm(u[:, rows], y.mT, alpha=-1)
-    if v is not None:
-        delta = delta + (y * v[:, columns]).sum(-1).unsqueeze(-2)
-        delta = delta.baddbmm(x, v[:, columns].mT, alpha=-1)
-    return 2 * delta
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -83,15 +53,23 @@ def kernel_sum(
     """Sum over j of w_j k(d_ij)."""
     total = _like(x[..., 0])
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
-        w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-1)
+        clouds = Clouds(group.of_x(x), group.of_y(y), kernel.scale, exclude_self=exclude_self)
+        w = None if weights is None else group.of_y(weights).unsqueeze(-1)
         out = group.of_x(total)
-        for rows, columns in clouds:
-            value = kernel(clouds.distances(rows, columns))
-            if exclude_self:
-                own_pairs(value, rows, columns).zero_()
-            out[:, rows] += value.sum(-1) if w is None else (value @ w[:, columns]).squeeze(-1)
+        for tile in clouds:
+            value = _without_own(kernel(tile.d), tile, exclude_self)
+            if w is None:
+                out[:, tile.rows] += value.sum(-1)
+            else:
+                out[:, tile.rows] += (value @ tile.like(w[:, tile.columns])).squeeze(-1)
     return total
+
+
+def _without_own(values: Tensor, tile: Tile, exclude_self: bool) -> Tensor:
+    """Zero for a point and itself, where they are left out: their distance is infinite."""
+    if exclude_self:
+        own_pairs(values, tile.rows, tile.columns).zero_()
+    return values
 
 
 def kernel_sum_backward(
@@ -109,23 +87,20 @@ def kernel_sum_backward(
     """Gradients by x, y and the weights."""
     grads = _like(x), _like(y, wanted=of_y), _like(y[..., 0], wanted=of_weights)
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
+        points = group.of_x(x), group.of_y(y)
+        clouds = Clouds(*points, kernel.scale, exclude_self=exclude_self, backward=True)
         g = group.of_x(grad).unsqueeze(-1)
-        w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
-        dx, dy = group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None
-        for rows, columns in clouds:
-            d = clouds.distances(rows, columns)
-            first = kernel.first(d).mul_(g[:, rows])
-            if exclude_self:
-                own_pairs(first, rows, columns).zero_()
+        w = None if weights is None else group.of_y(weights).unsqueeze(-2)
+        pull = Gradient(group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None)
+        for tile in clouds:
+            first = _without_own(kernel.first(tile.d), tile, exclude_self).mul_(g[:, tile.rows])
             if of_weights:
-                value = kernel(d)
-                if exclude_self:
-                    own_pairs(value, rows, columns).zero_()
-                group.of_y(grads[2])[:, columns] += (g[:, rows] * value).sum(-2)
+                value = _without_own(kernel(tile.d), tile, exclude_self)
+                group.of_y(grads[2])[:, tile.columns] += (g[:, tile.rows] * value).sum(-2)
             if w is not None:
-                first.mul_(w[..., columns])
-            _pull(first, clouds.x, clouds.y, dx, dy, (rows, columns))
+                first.mul_(w[..., tile.columns])
+            pull.add(tile, first)
+        pull.finish(*clouds.first)
     return grads
 
 
@@ -145,22 +120,19 @@ def kernel_sum_double_backward(
     """Gradients of S = <u, dx> + <v, dy> + <t, dw> by the incoming gradient, x, y, the weights."""
     grads = _like(grad), _like(x), _like(y), _like(y[..., 0])
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y), snap=kernel.rough)
-        gu = _wide(group.of_x(u))
-        gv = None if v is None else _wide(group.of_y(v))
-        gt = None if t is None else _wide(group.of_y(t)).unsqueeze(-2)
+        points = group.of_x(x), group.of_y(y)
+        clouds = Clouds(*points, kernel.scale, exclude_self=exclude_self, backward=True)
+        gu, gv = _wide(group.of_x(u)), None if v is None else _wide(group.of_y(v))
+        gt = None if t is None else group.of_y(t).unsqueeze(-2)
         g = group.of_x(grad).unsqueeze(-1)
-        w = None if weights is None else _wide(group.of_y(weights)).unsqueeze(-2)
-        dx, dy = group.of_x(grads[1]), group.of_y(grads[2])
-        for rows, columns in clouds:
-            d = clouds.distances(rows, columns)
-            delta = _directional(clouds, gu, gv, rows, columns)
-            first, second = kernel.first(d), kernel.second(d)
-            value = kernel(d) if gt is not None else None
-            if exclude_self:
-                for tile in (first, second, value):
-                    if tile is not None:
-                        own_pairs(tile, rows, columns).zero_()
+        w = None if weights is None else group.of_y(weights).unsqueeze(-2)
+        gradients = group.of_x(grads[1]), group.of_y(grads[2])
+        pull, directions = Gradient(*gradients), Gradient(*gradients)
+        for tile in clouds:
+            rows, columns = tile.rows, tile.columns
+            delta = tile.directional(gu, gv)
+            first = _without_own(kernel.first(tile.d), tile, exclude_self)
+            second = _without_own(kernel.second(tile.d), tile, exclude_self)
             moved = first * delta
             group.of_y(grads[3])[:, columns] += (g[:, rows] * moved).sum(-2)
             weighted = moved if w is None else moved * w[..., columns]
@@ -168,13 +140,24 @@ def kernel_sum_double_backward(
             p = first if w is None else first * w[..., columns]
             if w is not None:
                 a = a * w[..., columns]
-            if gt is not None and value is not None:
+            if gt is not None:
+                value = _without_own(kernel(tile.d), tile, exclude_self)
                 weighted = weighted + gt[..., columns] * value
                 a = a + gt[..., columns] * first
             group.of_x(grads[0])[:, rows] += weighted.sum(-1)
-            _pull(a * g[:, rows], clouds.x, clouds.y, dx, dy, (rows, columns))
-            _pull(p * g[:, rows], gu, _zeros(gv, clouds.y), dx, dy, (rows, columns))
+            pull.add(tile, a * g[:, rows])
+            _pull_directions(directions, tile, p * g[:, rows], gu, gv)
+        pull.finish(*clouds.first)
+        directions.finish(gu, _zeros(gv, points[1]))
     return grads
+
+
+def _pull_directions(
+    gradient: Gradient, tile: Tile, weights: Tensor, u: Tensor, v: Tensor | None
+) -> None:
+    """Pull along the directions of the points instead of the points."""
+    v = torch.zeros_like(tile.y) if v is None else tile.like(v[:, tile.columns])
+    gradient.add_products(tile, weights, tile.like(u[:, tile.rows]), v)
 
 
 def _zeros(t: Tensor | None, like: Tensor) -> Tensor:
@@ -192,68 +175,57 @@ def softmin(
     exclude_self: bool,
     x_offsets: Offsets,
     y_offsets: Offsets,
-) -> Tensor:
-    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E), in two parts.
+
+    The result is least - eps log total, with least_i = min_j (d_ij - h_j) and total_i the sum of
+    exp((least_i - d_ij + h_j) / eps). All three are returned: the probabilities, which the backward
+    needs, sum to 1 if they are made from the parts, but not if they are made from the result, whose
+    rounding would be divided by eps.
+    """
     dtype = accumulation_dtype(x.dtype)
-    result = x.new_empty((*x.shape[:-1], len(epsilon)), dtype=dtype)
+    shape = (*x.shape[:-1], len(epsilon))
+    least = x.new_full(shape, torch.inf, dtype=dtype)
+    total = x.new_zeros(shape, dtype=dtype)
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        points = group.of_x(x), group.of_y(y)
+        clouds = Clouds(*points, min(epsilon), exclude_self=exclude_self)
         h = None if bias is None else _wide(group.of_y(bias)).mT.unsqueeze(-2)
-        out = group.of_x(result)
-        for rows in clouds.rows():
-            shape = (*out[:, rows].shape,)
-            largest = torch.full(shape, -torch.inf, dtype=dtype, device=x.device)
-            total = torch.zeros(shape, dtype=dtype, device=x.device)
-            for columns in clouds.columns():
-                d = clouds.distances(rows, columns)
-                if exclude_self:
-                    own_pairs(d, rows, columns).fill_(torch.inf)
-                for e, eps in enumerate(epsilon):
-                    z = d * (-1 / eps)
-                    if h is not None:
-                        z.add_(h[:, e, :, columns], alpha=1 / eps)
-                    new = torch.maximum(largest[..., e], z.amax(-1))
-                    # Where nothing has been seen yet both maxima are -inf, the difference NaN.
-                    safe = torch.where(new == -torch.inf, 0.0, new)
-                    total[..., e] *= (largest[..., e] - safe).exp_()
-                    total[..., e] += z.sub_(safe.unsqueeze(-1)).exp_().sum(-1)
-                    largest[..., e] = new
-            scale = torch.tensor(epsilon, dtype=dtype, device=x.device)
-            # log(0) - inf = -inf for a row without neighbors: the result is +inf, as it should be.
-            out[:, rows] = -scale * (total.log_() + largest)
-    return result
+        smallest, sums = group.of_x(least), group.of_x(total)
+        for tile in clouds:
+            rows = tile.rows
+            for e, eps in enumerate(epsilon):
+                shifted = tile.d if h is None else tile.d - h[:, e, :, tile.columns]
+                before = smallest[:, rows, e]
+                new = torch.minimum(before, shifted.amin(-1))
+                # Where nothing has been seen yet both minima are inf, and their difference NaN.
+                safe = torch.where(new == torch.inf, 0.0, new)
+                sums[:, rows, e] *= (safe - before).div_(eps).exp_()
+                sums[:, rows, e] += (safe.unsqueeze(-1) - shifted).mul_(1 / eps).exp_().sum(-1)
+                smallest[:, rows, e] = new
+    # log(0) = -inf for a row without neighbors: the result is +inf, as it should be.
+    logs = zip(total.log().unbind(-1), epsilon, strict=True)
+    return least - torch.stack([log * eps for log, eps in logs], -1), least, total
 
 
-class _Probabilities:
-    """Recomputes p_ij for one group of clouds, tile by tile."""
+class _Exponentials:
+    """Recomputes exp((least_i - d_ij + h_j) / eps) for one group of clouds, tile by tile.
 
-    def __init__(
-        self,
-        clouds: Clouds,
-        bias: Tensor | None,
-        out: Tensor,
-        epsilon: Sequence[float],
-        exclude_self: bool,
-    ) -> None:
-        self.clouds, self.epsilon, self.exclude_self = clouds, epsilon, exclude_self
+    Divided by its sum over j, `total` of the forward, it is the probability p_ij.
+    """
+
+    def __init__(self, bias: Tensor | None, least: Tensor, epsilon: Sequence[float]) -> None:
+        self.epsilon = epsilon
         self.h = None if bias is None else _wide(bias).mT.unsqueeze(-2)
-        # A row without neighbors is +inf; with -inf instead its probabilities are exp(-inf) = 0.
-        self.out = torch.where(out == torch.inf, -torch.inf, out)
+        # A row without neighbors is +inf; with -inf instead all of it is exp(-inf) = 0.
+        self.least = torch.where(least == torch.inf, -torch.inf, least)
 
-    def on(self, rows: slice, columns: slice) -> list[Tensor]:
-        """The tile of probabilities for each epsilon."""
-        d = self.clouds.distances(rows, columns)
+    def on(self, tile: Tile) -> list[Tensor]:
+        """The tile for each epsilon."""
         tiles = []
         for e, eps in enumerate(self.epsilon):
-            z = self.out[:, rows, e, None] - d
-            if self.h is not None:
-                z.add_(self.h[:, e, :, columns])
-            # Probabilities are at most 1. The rounding of large potentials, divided by a small
-            # temperature, would otherwise take them to infinity.
-            p = z.mul_(1 / eps).clamp_(max=0).exp_()
-            if self.exclude_self:
-                own_pairs(p, rows, columns).zero_()
-            tiles.append(p)
+            shifted = tile.d if self.h is None else tile.d - self.h[:, e, :, tile.columns]
+            tiles.append((self.least[:, tile.rows, e, None] - shifted).mul_(1 / eps).exp_())
         return tiles
 
 
@@ -262,7 +234,7 @@ def softmin_backward(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    least: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Offsets,
@@ -270,24 +242,26 @@ def softmin_backward(
     of_y: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, y and the bias."""
+    """Gradients by x, y and the bias, where `grad` is already divided by `total`."""
     like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
     grads = _like(x), _like(y, wanted=of_y), _like(like_bias, wanted=of_bias)
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        points = group.of_x(x), group.of_y(y)
+        clouds = Clouds(*points, min(epsilon), exclude_self=exclude_self, backward=True)
         h = None if bias is None else group.of_y(bias)
-        p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
+        p = _Exponentials(h, group.of_x(least), epsilon)
         g = group.of_x(grad)
-        dx, dy = group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None
-        for rows, columns in clouds:
+        pull = Gradient(group.of_x(grads[0]), group.of_y(grads[1]) if of_y else None)
+        for tile in clouds:
             weights: Tensor | None = None
-            for e, tile in enumerate(p.on(rows, columns)):
-                weighted = tile.mul_(g[:, rows, e, None])
+            for e, exponential in enumerate(p.on(tile)):
+                weighted = exponential.mul_(g[:, tile.rows, e, None])
                 if of_bias:
-                    group.of_y(grads[2])[:, columns, e] -= weighted.sum(-2)
+                    group.of_y(grads[2])[:, tile.columns, e] -= weighted.sum(-2)
                 weights = weighted if weights is None else weights.add_(weighted)
             if weights is not None:
-                _pull(weights, clouds.x, clouds.y, dx, dy, (rows, columns))
+                pull.add(tile, weights)
+        pull.finish(*clouds.first)
     return grads
 
 
@@ -299,7 +273,7 @@ def softmin_double_backward(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    least: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Offsets,
@@ -308,36 +282,46 @@ def softmin_double_backward(
     """Gradients of S = <u, dx> + <v, dy> + <t, dh> by the incoming gradient, x, y and the bias.
 
     With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
-    over the row before the weights of any of its pairs are known.
+    over the row before the weights of any of its pairs are known, which sums the exponentials too.
     """
     like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
     grads = _like(grad), _like(x), _like(y), _like(like_bias)
     for group in groups(x, y, x_offsets, y_offsets):
-        clouds = Clouds.of(group.of_x(x), group.of_y(y))
+        points = group.of_x(x), group.of_y(y)
+        clouds = Clouds(*points, min(epsilon), exclude_self=exclude_self, backward=True)
         h = None if bias is None else group.of_y(bias)
-        p = _Probabilities(clouds, h, group.of_x(out), epsilon, exclude_self)
-        gu = _wide(group.of_x(u))
-        gv = None if v is None else _wide(group.of_y(v))
+        p = _Exponentials(h, group.of_x(least), epsilon)
+        gu, gv = _wide(group.of_x(u)), None if v is None else _wide(group.of_y(v))
         gt = None if t is None else _wide(group.of_y(t)).mT.unsqueeze(-2)
         g = group.of_x(grad)
         mean = group.of_x(grads[0])
-        dx, dy = group.of_x(grads[1]), group.of_y(grads[2])
+        gradients = group.of_x(grads[1]), group.of_y(grads[2])
+        pull, directions = Gradient(*gradients), Gradient(*gradients)
         for rows in clouds.rows():
+            total = torch.zeros_like(mean[:, rows])
             for columns in clouds.columns():
-                delta = _directional(clouds, gu, gv, rows, columns)
-                for e, tile in enumerate(p.on(rows, columns)):
+                tile = clouds.tile(rows, columns)
+                delta = tile.directional(gu, gv)
+                for e, exponential in enumerate(p.on(tile)):
                     q = delta if gt is None else delta - gt[:, e, :, columns]
-                    mean[:, rows, e] += (tile * q).sum(-1)
+                    total[..., e] += exponential.sum(-1)
+                    mean[:, rows, e] += exponential.mul_(q).sum(-1)
+            total = torch.where(total > 0, total, 1.0)
+            mean[:, rows] /= total
+            scaled = g[:, rows] / total
             for columns in clouds.columns():
-                delta = _directional(clouds, gu, gv, rows, columns)
+                tile = clouds.tile(rows, columns)
+                delta = tile.directional(gu, gv)
                 a, w = torch.zeros_like(delta), torch.zeros_like(delta)
-                for e, tile in enumerate(p.on(rows, columns)):
+                for e, exponential in enumerate(p.on(tile)):
                     q = delta if gt is None else delta - gt[:, e, :, columns]
-                    weighted = tile.mul_(g[:, rows, e, None])
+                    weighted = exponential.mul_(scaled[..., e, None])
                     w += weighted
                     change = weighted * (q - mean[:, rows, e, None]) / epsilon[e]
                     a -= change
                     group.of_y(grads[3])[:, columns, e] += change.sum(-2)
-                _pull(a, clouds.x, clouds.y, dx, dy, (rows, columns))
-                _pull(w, gu, _zeros(gv, clouds.y), dx, dy, (rows, columns))
+                pull.add(tile, a)
+                _pull_directions(directions, tile, w, gu, gv)
+        pull.finish(*clouds.first)
+        directions.finish(gu, _zeros(gv, points[1]))
     return grads

@@ -2,9 +2,9 @@
 
 An entry is (BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHANNELS, warps, stages, SLAB), at most 8 for a kernel
 and a format, the heuristic's choice first. BLOCK_CHANNELS and SLAB are upper bounds: points with
-fewer channels use all they have. Every entry is compiled offline for sm_80, sm_90 and sm_100 by
-`make kernels-report`, which fails on spills; a tile of 64 rows is the least that wgmma and tcgen05
-take.
+fewer channels use all they have. Every entry is compiled offline for sm_80, sm_90, sm_100 and
+sm_120 by `make kernels-report`, which fails on spills; a tile of 64 rows is the least that wgmma
+and tcgen05 take.
 
 The choice depends on the shape only through buckets (the format, channels padded to 16, 32, 64, 128
 or a multiple of 64, and whether there are enough rows to fill the device), so a new number of
@@ -98,9 +98,10 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
 }
 
 
-# And what would spill on compute capability 10 with Triton 3.6.
+# And what would spill on compute capability 10 with Triton 3.6 or 3.9.
 BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 128),),
     ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("longlist", "tf32"): (Tile(64, 32, 16, 8, 3),),
 }

@@ -1,119 +1,26 @@
-r"""How much of the teacher's knowledge arrived in the student, and how much was lost on the way.
-
-Nothing here has a gradient; these are numbers to report. They are never NaN: what a constant,
-collapsed network scores is stated for each. Sums are taken in float64 (float32 where a device has
-none), distances in the features' own precision.
-
-**What is compared with what.** Features come as ``(n, C)``, one row per cloud (global features);
-or per point, ``(B, N, C)`` or ragged. Point i of the student need not be point i of the teacher, so
-features of points are first averaged over each cloud, and the clouds are what is compared. With
-``paired=True`` the caller says that the points do correspond, one to one, and then every point
-counts by itself. The two networks may differ in the number of channels, except for `set_distances`,
-which measures distances from the one to the other.
-"""
+"""How much of the teacher's features can be found again in the student's."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fad_loss import distances, ops
+from fad_loss import ops
 from fad_loss._checks import check_finite, check_tensor, look
-from fad_loss._errors import choose, describe
+from fad_loss._errors import describe
 from fad_loss._points import as_points
 from fad_loss._ragged import (
     cloud_index,
     cloud_lengths,
-    cloud_mean,
     cloud_sum,
     is_ragged,
     pack,
     pointwise,
     unpack,
-    wrap,
 )
+from fad_loss.metrics.rows import accurate, promoted, row_pair
 
-__all__ = ["cka", "knowledge_lost", "neighbor_agreement", "set_distances"]
-
-# Features whose deviations are smaller than this, relative to their size, are called constant: it
-# is far above float64's rounding of a mean, and far below float32's resolution.
-_CONSTANT = 1e-12
-
-
-def _accurate(x: Tensor) -> Tensor:
-    """To float64, where the device has it."""
-    dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    return x.detach().to(dtype)
-
-
-def _promoted(x: Tensor) -> Tensor:
-    """To float32 at least: enough for distances, which are exact in whatever comes in."""
-    x = x.detach()
-    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
-
-
-def _rows(name: str, x: Tensor, paired: bool) -> Tensor:
-    """One row per item to compare, ``(n, C)``."""
-    check_tensor(name, x)
-    check_finite(name, pack(x)[0] if is_ragged(x) else x)
-    if not is_ragged(x) and x.dim() == 2:
-        rows = x.detach()
-    else:
-        points = as_points(x, name=name).detach()
-        if not paired:
-            _check_filled(name, points)
-            rows = cloud_mean(pointwise(_accurate, points))
-        elif is_ragged(points):
-            rows = pack(points)[0]
-        else:
-            rows = points.flatten(0, 1)
-    if rows.shape[1] == 0:
-        message = f"{name}: expected at least one channel, got {describe(x)}"
-        raise ValueError(message)
-    return _accurate(rows)
-
-
-def _check_filled(name: str, points: Tensor) -> None:
-    if is_ragged(points) and look(pack(points)[1]):
-        empty = (cloud_lengths(points) == 0).nonzero().flatten().tolist()
-        if empty:
-            message = f"{name}: expected no empty clouds, which have no mean, got {empty} empty"
-            raise ValueError(message)
-
-
-def _row_pair(
-    names: tuple[str, str], x: Tensor, y: Tensor, paired: bool, least: int
-) -> tuple[Tensor, Tensor]:
-    """The centred rows of both, constant ones exactly zero."""
-    first, second = _rows(names[0], x, paired), _rows(names[1], y, paired)
-    if first.shape[0] != second.shape[0]:
-        what = "points" if paired else "clouds"
-        message = (
-            f"{names[0]}, {names[1]}: expected the same {what} in both, got {describe(x)} and "
-            f"{describe(y)}, that is {first.shape[0]} and {second.shape[0]} {what}"
-        )
-        raise ValueError(message)
-    if first.device != second.device:
-        message = (
-            f"{names[0]}, {names[1]}: expected the same device, got {describe(x)} and {describe(y)}"
-        )
-        raise ValueError(message)
-    if first.shape[0] < least:
-        what = "paired points" if paired else "clouds (rows)"
-        message = (
-            f"{names[0]}, {names[1]}: expected at least {least} {what} to compare, got "
-            f"{first.shape[0]} from {describe(x)}; gather the features of the whole evaluation set"
-        )
-        raise ValueError(message)
-    return _centered(first), _centered(second)
-
-
-def _centered(rows: Tensor) -> Tensor:
-    deviation = rows - rows.mean(0)
-    constant = deviation.square().sum() <= _CONSTANT**2 * rows.square().sum()
-    return torch.where(constant, 0.0, deviation)
+__all__ = ["cka", "information_lost", "neighbor_agreement"]
 
 
 @torch.no_grad()
@@ -153,7 +60,7 @@ def cka(x: Tensor, y: Tensor, *, paired: bool = False, debiased: bool = False) -
         >>> round(float(cka(x, 3 * x.flip(1) + 7)), 6)
         1.0
     """
-    x, y = _row_pair(("x", "y"), x, y, paired, least=4 if debiased else 2)
+    x, y = row_pair(("x", "y"), x, y, paired, least=4 if debiased else 2)
     inner = _unbiased_hsic if debiased else _biased_hsic
     scale = inner(x, x).clamp_min(0).sqrt() * inner(y, y).clamp_min(0).sqrt()
     return torch.where(scale > 0, inner(x, y) / scale, 0.0)
@@ -218,7 +125,7 @@ def neighbor_agreement(
     if paired:
         first, second = _paired_clouds(x, y)
     else:
-        rows = _row_pair(("x", "y"), x, y, paired=False, least=2)
+        rows = row_pair(("x", "y"), x, y, paired=False, least=2)
         first, second = (
             row.unsqueeze(0).to(torch.promote_types(given.dtype, torch.float32))
             for row, given in zip(rows, (x, y), strict=True)
@@ -261,7 +168,7 @@ def _paired_clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for name, features in (("x", x), ("y", y)):
         check_tensor(name, features)
         check_finite(name, pack(features)[0] if is_ragged(features) else features)
-        clouds.append(pointwise(_promoted, as_points(features, name=name)))
+        clouds.append(pointwise(promoted, as_points(features, name=name)))
     first, second = clouds
     if is_ragged(first) and is_ragged(second) and first.shape[0] == second.shape[0]:
         ends, other_ends = pack(first)[1], pack(second)[1]
@@ -285,7 +192,7 @@ def _others(clouds: Tensor) -> Tensor:
     """How many other points there are in the cloud of each point, packed ``(T,)`` or ``(B, N)``."""
     lengths = cloud_lengths(clouds)
     lengths = lengths[cloud_index(clouds)] if is_ragged(clouds) else lengths.unsqueeze(1)
-    others = _accurate(lengths) - 1
+    others = accurate(lengths) - 1
     return others if is_ragged(clouds) else others.expand(-1, clouds.shape[1])
 
 
@@ -306,11 +213,11 @@ def _is_constant(clouds: Tensor) -> Tensor:
     values, offsets = pack(clouds)
     index = cloud_index(clouds)
     differs = (values != values[offsets[index]]).any(-1)
-    return cloud_sum(unpack(_accurate(differs), clouds))[index] == 0
+    return cloud_sum(unpack(accurate(differs), clouds))[index] == 0
 
 
 @torch.no_grad()
-def knowledge_lost(student: Tensor, teacher: Tensor, *, paired: bool = False) -> Tensor:
+def information_lost(student: Tensor, teacher: Tensor, *, paired: bool = False) -> Tensor:
     r"""What share of the teacher's knowledge did not arrive in the student.
 
     In words: of all the variation in the teacher's features, the share that cannot be read off the
@@ -352,10 +259,10 @@ def knowledge_lost(student: Tensor, teacher: Tensor, *, paired: bool = False) ->
 
     Example:
         >>> teacher = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-        >>> round(float(knowledge_lost(teacher[:, :6], teacher)), 1)  # two of eight are gone
+        >>> round(float(information_lost(teacher[:, :6], teacher)), 1)  # two of eight are gone
         0.3
     """
-    rows, target = _row_pair(("student", "teacher"), student, teacher, paired, least=3)
+    rows, target = row_pair(("student", "teacher"), student, teacher, paired, least=3)
     n = rows.shape[0]
     left, singular, _ = torch.linalg.svd(rows, full_matrices=False)
     energy = singular.square()
@@ -372,117 +279,3 @@ def knowledge_lost(student: Tensor, teacher: Tensor, *, paired: bool = False) ->
         # fmin: a row that alone decides its own prediction has 0 / 0, which says nothing.
         lost = torch.fmin(lost, error / total)
     return torch.where(total > 0, lost, 0.0)
-
-
-_Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-def _sinkhorn(x: Tensor, y: Tensor) -> Tensor:
-    return distances.sinkhorn(x, y, 0.05, tolerance=1e-2)
-
-
-_DISTANCES: Mapping[str, _Distance] = {
-    "chamfer": distances.chamfer,
-    "energy": distances.energy,
-    "sinkhorn": _sinkhorn,
-}
-
-
-@torch.no_grad()
-def set_distances(
-    student: Tensor,
-    teacher: Tensor,
-    which: str | Sequence[str] = ("chamfer", "energy"),
-) -> dict[str, Tensor]:
-    r"""How far the student's sets of features are from the teacher's, relative to knowing nothing.
-
-    .. math::
-        \frac{\sum_b d(s_b, t_b)}{\sum_b d(\bar t, t_b)}
-
-    where :math:`\bar t` is the mean of all the teacher's features: 0 if the sets agree, 1 if the
-    student does no better than returning one and the same point, the teacher's average, for
-    everything. It can exceed 1. Points need no correspondence and may differ in number; channels
-    must agree, so pass what the adapter returns: ``fad.adapter(student_features)``. If the teacher
-    itself is constant, the value is 0 for a student that returns the same, and infinity otherwise.
-
-    Args:
-        student: ``(B, N, C)``, ragged, or ``(n, C)``, where the batch is the set.
-        teacher: ``(B, M, C)``, ragged, or ``(n, C)``.
-        which: one or several of ``"chamfer"``, ``"energy"`` and ``"sinkhorn"`` (with an epsilon of
-            0.05 times the teacher's mean squared deviation).
-
-    Returns:
-        A scalar for every name.
-
-    Raises:
-        TypeError: not floating-point tensors.
-        ValueError: an unknown name, different clouds or channels, or values that are not finite.
-
-    Example:
-        >>> teacher = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [4.0, 3.0]]])
-        >>> set_distances(teacher.flip(1), teacher)["chamfer"]
-        tensor(0.)
-        >>> round(float(set_distances(teacher.mean(1, keepdim=True), teacher)["energy"]), 6)
-        1.0
-    """
-    names = (which,) if isinstance(which, str) else tuple(which)
-    chosen = {name: choose("which", name, _DISTANCES) for name in names}
-    pair = []
-    for name, features in (("student", student), ("teacher", teacher)):
-        check_tensor(name, features)
-        check_finite(name, pack(features)[0] if is_ragged(features) else features)
-        pair.append(pointwise(_promoted, as_points(features, name=name)))
-        _check_filled(name, pair[-1])
-    if pair[0].device != pair[1].device:
-        message = (
-            "student, teacher: expected the same device, got "
-            f"{describe(student)} and {describe(teacher)}"
-        )
-        raise ValueError(message)
-    if pair[0].dtype != pair[1].dtype:
-        pair = [pointwise(_accurate, cloud) for cloud in pair]
-    if pair[0].shape[0] != pair[1].shape[0] or pair[0].shape[-1] != pair[1].shape[-1]:
-        message = (
-            "student, teacher: expected the same number of clouds and channels, got "
-            f"{describe(student)} and {describe(teacher)}; map the student's features first, for "
-            "example with fad.adapter"
-        )
-        raise ValueError(message)
-    values = _accurate(pack(pair[1])[0] if is_ragged(pair[1]) else pair[1].flatten(0, 1))
-    center = values.mean(0)
-    spread = (values - center).square().sum(1).mean()
-    constant = spread <= _CONSTANT**2 * values.square().sum(1).mean()
-    center = torch.where(constant, values[0], center)
-    # A distance of 1 is then the teacher's spread, and epsilon a plain number.
-    scale = torch.where(constant, 1.0, spread.sqrt())
-    x, y = (
-        pointwise(lambda z: ((_accurate(z) - center) / scale).to(z.dtype), cloud) for cloud in pair
-    )
-    x, y = _alike(x, y)
-    nothing = _origin(y)
-    result = {}
-    for name, distance in chosen.items():
-        measured, worst = distance(x, y).clamp_min(0), distance(nothing, y).clamp_min(0)
-        undefined = torch.where(measured > 0, torch.inf, 0.0)
-        result[name] = torch.where(worst > 0, measured / worst, undefined)
-    return result
-
-
-def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ragged, if one is."""
-    if is_ragged(x) == is_ragged(y):
-        return x, y
-    return (x, _as_ragged(y)) if is_ragged(x) else (_as_ragged(x), y)
-
-
-def _as_ragged(x: Tensor) -> Tensor:
-    offsets = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
-    return wrap(x.flatten(0, 1), offsets, x.shape[1], x.shape[1])
-
-
-def _origin(y: Tensor) -> Tensor:
-    """Clouds of a few points at the origin, in the layout of `y`."""
-    # Two, so that a distance that leaves a point out of its own mean has one left.
-    values = pack(y)[0] if is_ragged(y) else y
-    origin = values.new_zeros(y.shape[0], 2, y.shape[-1])
-    return _as_ragged(origin) if is_ragged(y) else origin

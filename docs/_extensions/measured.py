@@ -1,0 +1,154 @@
+"""What was measured, from the committed files, below what stands on the pages about it.
+
+On GitHub those pages link to the files; here their contents follow. Nothing is copied by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sphinx.application import Sphinx
+
+if TYPE_CHECKING:
+    from sphinx.util.typing import ExtensionMetadata
+
+ROOT = Path(__file__).parents[2]
+STUDY = Path("examples/study/results")
+BENCHMARKS = Path("benchmarks/results")
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(map(str, row)) for row in rows]
+    head = list(heads)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    seconds = row["median_s"]
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+STEPS = {"student alone": "the student alone", "without": "both networks, without a loss"}
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("step", "clouds × points", "median", "of that of both networks"),
+        (
+            (
+                STEPS.get(r["step"], f"with the loss, `{r['step']}`"),
+                f"{r['batch']} × {r['points']}",
+                _seconds(r),
+                f"{r['ratio_to_without']:.2f}",
+            )
+            for r in rows
+        ),
+    )
+
+
+def _cases(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("operation", "B, N, M, C", "implementation", "median", "of the product", "memory"),
+        (
+            (
+                f"`{r['op']}`, {r['pass']}, {r['dtype']}",
+                f"{r['B']}, {r['N']}, {r['M']}, {r['C']}",
+                r["implementation"],
+                _seconds(r),
+                f"{r['ratio_to_gemm']:.2f}" if "ratio_to_gemm" in r else "",
+                f"{r['extra_bytes'] / 2**20:.0f} MiB" if "extra_bytes" in r else "",
+            )
+            for r in rows
+            if "median_s" in r
+        ),
+    )
+
+
+def _accuracy(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("operation", "N, C", "implementation", "largest relative error"),
+        (
+            (
+                f"`{r['op']}`, {r['dtype']}",
+                f"{r['N']}, {r['C']}",
+                r["implementation"],
+                f"{r['largest_relative_error']:.1e}",
+            )
+            for r in rows
+        ),
+    )
+
+
+def _rows(rows: list[dict[str, Any]]) -> str:
+    return _loops(rows) if "optimizer" in rows[0] else _scenes(rows)
+
+
+def _loops(rows: list[dict[str, Any]]) -> str:
+    """One line for each optimizer, clipping and discriminator, over all scales and precisions."""
+    keys = "optimizer", "clipping", "discriminator"
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["discriminator"]:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    heads = (*keys, "loops", "not finite", "least ahead, points", "mean ahead, points")
+    lines = []
+    for group, those in sorted(groups.items()):
+        ahead = [100 * row["ahead"] for row in those]
+        broken = sum(not row["finite"] for row in those)
+        numbers = f"{min(ahead):+.1f}", f"{sum(ahead) / len(ahead):+.1f}"
+        lines.append((*group, len(those), broken, *numbers))
+    return _table(heads, lines)
+
+
+def _scenes(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("what", "scenes", "median", "of dense"),
+        ((r["what"], r["scenes"], _seconds(r), f"{r['times_dense']:.2f}") for r in rows),
+    )
+
+
+SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy, "rows": _rows}
+
+
+def _benchmarks() -> str:
+    parts = []
+    for file in sorted((ROOT / BENCHMARKS).glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        tables = [make(found[name]) for name, make in SECTIONS.items() if found.get(name)]
+        if tables:
+            context = found["context"]
+            where = context.get("gpu") or f"{context['cpu']}, {context['threads']} threads"
+            packages = f"torch {context['packages']['torch']}, commit {context['commit'][:12]}"
+            command = f"`python benchmarks/{context['command']}`"
+            parts += [f"## {file.stem}", f"{command}: {where}; {packages}.", *tables]
+    return "\n\n".join(parts)
+
+
+def _study() -> str:
+    report = (ROOT / STUDY / "report.md").read_text(encoding="utf-8")
+    # Its images lie beside it, and are on white ground.
+    return re.sub(
+        r"!\[(\w+)\]\((.*?)\)",
+        rf"![\1](../{STUDY}/\2){{.white}}",
+        report.split("<!-- report -->")[1],
+    )
+
+
+MEASURED = {"benchmarks": _benchmarks, "study-results": _study}
+
+
+def _append(app: Sphinx, page: str, source: list[str]) -> None:
+    if page in MEASURED:
+        for file in (*(ROOT / STUDY).glob("report.md"), *(ROOT / BENCHMARKS).glob("*.json")):
+            app.env.note_dependency(str(file))
+        source[0] += "\n" + MEASURED[page]()
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Follow the reading of pages."""
+    app.connect("source-read", _append)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
