@@ -141,6 +141,9 @@ def test_defaults_of_the_discriminators_are_those_of_the_table():
             assert fad.max_points == (None if points == "all" else int(points)), name
             assert fad.discriminator.learns == (learns != "no"), name
     assert len(shown) == 8
+    for page in ("choosing.md", "how-it-works.md"):
+        steps = FeatureAdversarialLoss(8, 8).warmup_steps
+        assert re.search(rf"\b{steps}\b", RENDERED[ROOT / "docs" / page].prose), page
 
 
 # ------------------------------------------------------------------------------- the reference
