@@ -53,7 +53,7 @@ IN_FLOAT64 = {
     "test_library": {
         "test_gradient_through_vmap",
     },
-    "test_ragged": {
+    "test_ragged_clouds": {
         "test_a_cloud_with_itself",
         "test_neighbors_within_a_cloud",
         "test_searches",
