@@ -7,6 +7,7 @@
 #   make wheel        build the package, install it in an empty environment, import it from there
 #   make docs         the documentation, into docs/_build/html
 #   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
+#   make links        whether the addresses in the documentation answer
 #   make benchmarks   the operations against their peers, and a training step, on this machine's CPU
 #   make clean        remove what was built (make distclean: .venv too)
 #
@@ -26,13 +27,13 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel docs site benchmarks clean distclean
+.PHONY: help demo test lint format types wheel docs links site benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.with-examples
-	$(BIN)/python examples/distill.py
+	$(BIN)/python examples/distill
 
 test: $(VENV)/.with-dev
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --durations 10
@@ -59,6 +60,9 @@ wheel: $(VENV)/.with-dev
 
 docs: $(VENV)/.with-docs
 	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
+
+links: $(VENV)/.with-docs
+	$(BIN)/python -m sphinx -b linkcheck -D plot_gallery=0 docs docs/_build/links
 
 site: docs $(VENV)/.with-site
 	$(BIN)/python -m pytest -m browser -p no:xdist tests/test_site.py

@@ -25,7 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import networks
+from distill import networks
 from fad_loss import FeatureAdversarialLoss, capture_features
 from measure import RESULTS, context, interleave, save
 

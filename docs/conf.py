@@ -19,7 +19,7 @@ version = release = fad_loss.__version__
 
 extensions = [
     "mathml",
-    "measured",
+    "gathered",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",

@@ -141,6 +141,23 @@ def test_defaults_of_the_discriminators_are_those_of_the_table():
             assert fad.max_points == (None if points == "all" else int(points)), name
             assert fad.discriminator.learns == (learns != "no"), name
     assert len(shown) == 8
+    for page in ("choosing.md", "how-it-works.md"):
+        steps = FeatureAdversarialLoss(8, 8).warmup_steps
+        assert re.search(rf"\b{steps}\b", RENDERED[ROOT / "docs" / page].prose), page
+
+
+def test_figures_come_from_the_committed_files():
+    results = ROOT / "examples" / "study" / "results"
+    report = (results / "report.md").read_text(encoding="utf-8")
+    cells = [c for row in RENDERED[ROOT / "README.md"].cells for c in row if re.search(r"\d{2}", c)]
+    figures = [cell.removesuffix(" %") for cell in cells if re.fullmatch(r"[\d,.± %]+", cell)]
+    figures += re.findall(r"[\d.]+ ± [\d.]+", RENDERED[ROOT / "README.md"].prose)
+    assert len(figures) >= 8
+    assert [figure for figure in figures if figure not in report] == []
+    pulls = re.findall(r"([\d.]+ %)\s+\(`code`\)", RENDERED[ROOT / "docs" / "study.md"].prose)
+    shares = (results / "gradients.md").read_text(encoding="utf-8")
+    assert len(pulls) == 5
+    assert [pull for pull in pulls if pull not in shares] == []
 
 
 # ------------------------------------------------------------------------------- the reference

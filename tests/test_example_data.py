@@ -15,10 +15,7 @@ trimesh = pytest.importorskip("trimesh")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import catalog  # noqa: E402
-import data  # noqa: E402
-import readers  # noqa: E402
-import shapes  # noqa: E402
+from distill import catalog, data, readers, shapes  # noqa: E402
 
 
 def clouds(count=10, points=16, seed=0):

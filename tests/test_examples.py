@@ -19,13 +19,15 @@ pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import data  # noqa: E402
-import distill  # noqa: E402
-import methods  # noqa: E402
-import networks  # noqa: E402
-import report  # noqa: E402
-import training  # noqa: E402
-import views  # noqa: E402
+from distill import (  # noqa: E402
+    data,
+    experiment,
+    methods,
+    networks,
+    report,
+    training,
+    views,
+)
 
 ARCHITECTURES = list(networks.ARCHITECTURES)
 TINY = ["--points", "16", "--epochs", "2", "--teacher-epochs", "2", "--compress", "20"]
@@ -48,7 +50,9 @@ def teacher(clouds, tmp_path_factory):
     """A checkpoint of a trained teacher."""
     folder = tmp_path_factory.mktemp("teacher")
     assert (
-        distill.main(["--data", str(clouds), "--output", str(folder), *TINY, "--only", "teacher"])
+        experiment.main(
+            ["--data", str(clouds), "--output", str(folder), *TINY, "--only", "teacher"]
+        )
         == 0
     )
     (path,) = folder.glob("teacher-*.pt")
@@ -398,7 +402,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
 
 def test_the_whole_job(clouds, tmp_path, capsys):
     command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--loss", "fad", "kd"]
-    assert distill.main(command) == 0
+    assert experiment.main(command) == 0
     shown = capsys.readouterr().out
     assert "parameters" in shown
     assert "recovered" in shown or "information" in shown
@@ -419,7 +423,7 @@ def test_the_whole_job(clouds, tmp_path, capsys):
     assert {"loss", "test_accuracy", "fad_real_score", "fad_fake_score"} <= logs[0].keys()
 
     # Once more: nothing is trained again, and the numbers are the same.
-    assert distill.main(command) == 0
+    assert experiment.main(command) == 0
     assert capsys.readouterr().out.count("already trained") == 4
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == written["rows"]
 
@@ -427,10 +431,10 @@ def test_the_whole_job(clouds, tmp_path, capsys):
 def test_the_teacher_is_asked_once_about_views(clouds, teacher, tmp_path):
     command = ["--data", str(clouds), "--output", str(tmp_path / "run"), *TINY, "--views", "2"]
     command += ["--cache", str(tmp_path / "cache"), "--teacher", str(teacher), "--loss", "fad"]
-    assert distill.main([*command, "--only", "teacher"]) == 0
+    assert experiment.main([*command, "--only", "teacher"]) == 0
     (made,) = (tmp_path / "cache").glob("views-*")
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert distill.main([*command, "--fad", "max_points=8"]) == 0
+    assert experiment.main([*command, "--fad", "max_points=8"]) == 0
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "student alone", "student with FAD"]
@@ -442,7 +446,7 @@ def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, caps
     command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--student-arch", "dgcnn"]
     command += ["--teacher", str(teacher), "--epochs", "1", "--no-baseline", "--validate"]
     command += ["--discriminator", "cloud", "--objective", "relativistic", "--compress", "60"]
-    assert distill.main(command) == 0
+    assert experiment.main(command) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "student with FAD"]
     assert not list(tmp_path.glob("teacher-*.pt"))
@@ -473,9 +477,9 @@ def test_one_clear_line(clouds, teacher, tmp_path, capsys, options, message):
     places = {"clouds": clouds, "other": other, "teacher": teacher}
     given = [option.format(**places) for option in options]
     command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--no-baseline", *given]
-    assert distill.main(command) == 2
+    assert experiment.main(command) == 2
     error = capsys.readouterr().err
-    assert error.startswith("distill.py: error: ")
+    assert error.startswith("distill: error: ")
     assert message in error
     assert error.count("\n") == 1
 
@@ -486,7 +490,7 @@ def test_a_teacher_of_other_classes(teacher, tmp_path, capsys):
         path, points=np.random.default_rng(0).normal(size=(20, 16, 3)), labels=np.arange(20) % 2
     )
     command = ["--data", str(path), "--output", str(tmp_path), "--teacher", str(teacher), *TINY]
-    assert distill.main(command) == 2
+    assert experiment.main(command) == 2
     assert "the teacher knows 3 classes, the data has 2" in capsys.readouterr().err
 
 
@@ -512,7 +516,7 @@ def test_a_teacher_of_other_classes(teacher, tmp_path, capsys):
 )
 def test_wrong_options(options, capsys):
     with pytest.raises(SystemExit) as caught:
-        distill.main(options)
+        experiment.main(options)
     assert caught.value.code == 2
     assert options[0] in capsys.readouterr().err
 
@@ -521,8 +525,8 @@ def test_interruption_by_the_user(clouds, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill, "fit", interrupt)
-    assert distill.main(["--data", str(clouds), "--output", str(tmp_path), *TINY]) == 130
+    monkeypatch.setattr(experiment, "fit", interrupt)
+    assert experiment.main(["--data", str(clouds), "--output", str(tmp_path), *TINY]) == 130
     assert "the same command continues" in capsys.readouterr().err
 
 

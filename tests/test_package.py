@@ -58,6 +58,7 @@ def test_version_is_the_same_everywhere():
     citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert citation is not None
     assert citation[1] == fad_loss.__version__
+    assert f"\n## [{fad_loss.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_importing_leaves_the_random_state_and_the_threads_alone():

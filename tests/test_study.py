@@ -14,16 +14,12 @@ from torch.nn import functional as F
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "examples" / "study"), str(ROOT / "examples")]
+sys.path.insert(0, str(ROOT / "examples"))
 
-import gradients  # noqa: E402
-import tables  # noqa: E402
-
-import data  # noqa: E402
-import distill  # noqa: E402
-import networks  # noqa: E402
-import study  # noqa: E402
-from training import load_checkpoint  # noqa: E402
+from distill import data, networks  # noqa: E402
+from distill.options import parse  # noqa: E402
+from distill.training import load_checkpoint  # noqa: E402
+from study import gradients, study, tables  # noqa: E402
 
 
 @pytest.fixture
@@ -33,7 +29,7 @@ def runs(tmp_path, monkeypatch):
 
     def run(self, folder, *arguments, jobs=1):
         commands.append(arguments)
-        options = distill.parse([*self.common, *arguments])
+        options = parse([*self.common, *arguments])
         weight = options.weights[-1][1] if options.weights else 1.0
         accuracy = 0.6 + 0.1 * ("fad" in options.loss[0]) - 0.05 * abs(weight - 0.3)
         accuracy += 0.01 * options.seed
@@ -51,7 +47,7 @@ def runs(tmp_path, monkeypatch):
         row["checkpoint"] = str(log.with_suffix(".pt"))
         teacher = {**row, "accuracy": 0.9, "parameters": 4000, "checkpoint": "teacher.pt"}
         rows = [teacher] if options.only else [teacher, row]
-        return {"rows": rows, "data": "clouds", "torch": "2", "command": "distill.py"}
+        return {"rows": rows, "data": "clouds", "torch": "2", "command": "distill"}
 
     monkeypatch.setattr(study.Study, "distill", run)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
@@ -61,18 +57,18 @@ def runs(tmp_path, monkeypatch):
 def test_every_row_is_a_command_of_the_example():
     for setting, common in study.SETTINGS.items():
         for row in [*study.ROWS, *study.BASES, "fad-paired-16points+fad-head+kd"]:
-            options = distill.parse([*common, *study.how(row)])
+            options = parse([*common, *study.how(row)])
             assert len(options.loss) == 1, (setting, row)
             assert options.loss[0].count("+") == row.count("+")
-    options = distill.parse(study.how("fad-paired-16points+fad-head+kd"))
+    options = parse(study.how("fad-paired-16points+fad-head+kd"))
     assert options.loss == ["fad+head+kd"]
     assert (options.discriminator, dict(options.fad)) == ("paired", {"max_points": 16})
     # Two parts may have options each.
-    assert dict(distill.parse(study.how("fad-paired-balanced")).fad) == {
+    assert dict(parse(study.how("fad-paired-balanced")).fad) == {
         "max_points": 64,
         "balance": True,
     }
-    assert distill.parse(study.how("fad-sharp")).discriminator == "sharp"
+    assert parse(study.how("fad-sharp")).discriminator == "sharp"
 
 
 def test_a_row_that_is_none_is_an_error(capsys):
@@ -87,7 +83,7 @@ def test_every_line_of_the_results_can_be_run_again():
     for setting in study.SETTINGS:
         for split in ("test", "validation"):
             for line in tables.read(study.RESULTS, setting, split):
-                (loss,) = distill.parse(study.how(line["row"])).loss
+                (loss,) = parse(study.how(line["row"])).loss
                 assert f"--loss {loss} " in line["command"]
                 assert " /" not in line["command"]
 

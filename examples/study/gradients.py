@@ -1,8 +1,8 @@
 """How strongly, and where to, the terms of a distillation pull: their gradients side by side.
 
-    python examples/study/gradients.py --data clouds.npz --teacher a.pt --student b.pt
+    python examples/study gradients --data clouds.npz --teacher a.pt --student b.pt
 
-For a student that `distill.py` trained part of the way, on its test clouds: the norm of each term's
+For a student that `distill` trained part of the way, on its test clouds: the norm of each term's
 gradient as a share of the task's, and its angle to it, at weight 1 and over the layers that both
 share; and how well FAD's gradient from a few points of every cloud agrees with that from all of
 them, beside how well two batches agree. Written to `results/gradients.json`, for the report.
@@ -24,15 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import networks  # noqa: E402
-import readers  # noqa: E402
-from data import Clouds, Dataset, synthetic  # noqa: E402
-from methods import METHODS, Distilled, Network, Seen, teach  # noqa: E402
-from study import commit  # noqa: E402
-from training import load_checkpoint  # noqa: E402
+from distill import networks, readers
+from distill.data import Clouds, Dataset, synthetic
+from distill.methods import METHODS, Distilled, Network, Seen, teach
+from distill.training import load_checkpoint
+from study.study import RESULTS, commit
 
 DISCRIMINATORS = ("teacher", "paired", "match")
 POINTS = (16, 32, 64, 128)
@@ -139,18 +135,18 @@ def sampling(bench: Bench) -> Iterator[dict[str, Any]]:
         }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `measure`."""
     add = parser.add_argument
-    add("--data", default="synthetic", help="as for distill.py")
+    add("--data", default="synthetic", help="as for distill")
     add("--teacher", type=Path, required=True)
     add("--student", type=Path, required=True)
     add("--points", type=int, default=256)
-    add("--output", type=Path, default=HERE / "results" / "gradients.json")
-    options = parser.parse_args(arguments)
+    add("--output", type=Path, default=RESULTS / "gradients.json")
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measure, and write."""
     if options.data == "synthetic":
         data: Dataset = synthetic(points=max(512, options.points))
     else:
@@ -170,7 +166,3 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(options.output)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,14 @@
-"""Which loss makes the best students, at 40 times fewer parameters? Many runs of `distill.py`.
+"""Which loss makes the best students, at 40 times fewer parameters? Many runs of `distill`.
 
-    python examples/study/study.py tune synthetic             # weights, on a validation split
-    python examples/study/study.py run synthetic              # every row, three seeds
-    python examples/study/study.py run pointnet --data modelnet40.npz --rows alone kd fad fad+kd
-    python examples/study/study.py again pointnet --data modelnet40.npz --rows kd  # and compare
-    python examples/study/study.py report                     # tables and plots of all results
+    python examples/study tune synthetic             # weights, on a validation split
+    python examples/study run synthetic              # every row, three seeds
+    python examples/study run pointnet --data modelnet40.npz --rows alone kd fad fad+kd
+    python examples/study again pointnet --data modelnet40.npz --rows kd  # and compare
+    python examples/study report                     # tables and plots of all results
 
-Every row is a command of `distill.py`, which is kept with its result: one JSON line per run in
-`results/`. What is there already is not run again (unless by `again`, which trains the students of
-a row once more), and an interrupted run continues, so the same command can be given until all is
+Every row is a command of `examples/distill`, which is kept with its result: one JSON line per run
+in `results/`. What is there already is not run again (unless by `again`, which trains the students
+of a row once more), and an interrupted run continues, so the same command can be given until all is
 done. The teacher is that of `teachers/`, if the setting has one there; else it is trained, once per
 setting, and once more without the validation clouds for `tune`.
 
@@ -32,18 +32,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import tables
+from study import tables
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "results"
-DISTILL = HERE.parent / "distill.py"
+DISTILL = HERE.parent / "distill"
 # Which weights are tried first; they are on `tables.LADDER`.
 WEIGHTS = (0.3, 3.0, 30.0)
 # While the best one is the first or the last, so many more beyond it are tried.
 FURTHER = 2
 
-# What is distilled; options of distill.py. Sized for hours on two CPU cores: there the teacher is
+# What is distilled; options of distill. Sized for hours on two CPU cores: there the teacher is
 # asked once about a few views of every cloud.
 SETTINGS: dict[str, list[str]] = {
     "synthetic": ["--points", "64", "--epochs", "18", "--teacher-epochs", "12"],
@@ -56,7 +56,7 @@ SETTINGS: dict[str, list[str]] = {
     "across": ["--teacher-arch", "dgcnn", "--student-arch", "pointnet", "--points", "256",
                "--epochs", "12", "--teacher-epochs", "12", "--views", "4"],
 }  # fmt: skip
-# A row is "alone" or some of these joined by "+"; options of distill.py that a part needs.
+# A row is "alone" or some of these joined by "+"; options of distill that a part needs.
 PARTS: dict[str, list[str]] = {
     **{
         name: []
@@ -116,7 +116,7 @@ ROWS = (
     "fad-paired+fad-last", "fad-paired+fad-last+kd", "fad-paired+fad-last+fad-head",
 )  # fmt: skip
 UNTUNED = {"alone"}
-# Trained by distill.py --only teacher --points 256 on all training clouds of ModelNet40, with
+# Trained by distill --only teacher --points 256 on all training clouds of ModelNet40, with
 # --teacher-epochs 25, or --teacher-arch dgcnn --teacher-epochs 12.
 TEACHERS = {
     **dict.fromkeys(("pointnet", "slow"), HERE / "teachers" / "pointnet.pt"),
@@ -140,7 +140,7 @@ class Study:
         self.common += ["--cache", str(self.runs / "cache")]
 
     def distill(self, folder: str, *arguments: str, jobs: int = 1) -> dict[str, Any]:
-        """Run distill.py to its end, one of so many `jobs`; its results, and the command."""
+        """Run distill to its end, one of so many `jobs`; its results, and the command."""
         output = self.runs / folder
         command = [str(DISTILL), *self.common, *arguments, "--output", str(output)]
         threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -298,7 +298,7 @@ def describe(line: tables.Line) -> str:
 
 
 def how(row: str) -> list[str]:
-    """The options of distill.py that make a row, without its weights."""
+    """The options of distill that make a row, without its weights."""
     if row == "alone":
         return ["--loss", "none"]
     parts = row.split("+")
@@ -315,7 +315,7 @@ def _options(part: str) -> list[str]:
 
 
 def method(part: str) -> str:
-    """What distill.py calls a part of a row."""
+    """What distill calls a part of a row."""
     if part in {"fad-head", "fad-last"}:
         return part.removeprefix("fad-")
     return "fad" if part.startswith("fad") else part
@@ -331,7 +331,7 @@ def _row(text: str) -> str:
 
 
 def epochs(log: Path) -> list[dict[str, float]]:
-    """What distill.py wrote about every epoch, to five digits."""
+    """What distill wrote about every epoch, to five digits."""
     records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
     return [{name: float(f"{value:.5g}") for name, value in record.items()} for record in records]
 
@@ -351,6 +351,8 @@ def commit() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the study."""
+    from study import gradients  # noqa: PLC0415  # it imports this module
+
     summary, details = str(__doc__).split("\n", 1)
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -363,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         add = commands.add_parser(name, help=explanation).add_argument
         add("setting", choices=SETTINGS)
-        add("--data", default="synthetic", help="as for distill.py")
+        add("--data", default="synthetic", help="as for distill")
         add("--rows", nargs="+", type=_row, default=list(ROWS), metavar="ROW",
             help=f"alone, or of {', '.join([*PARTS, *BASES])} some, joined by + "
             f"({', '.join(ROWS)})")  # fmt: skip
@@ -378,11 +380,21 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "run":
             add("--split", choices=["test", "validation"], default="test", help="to score on")
     commands.add_parser("report", help="tables and plots from all results")
+    gradients.add_options(
+        commands.add_parser(
+            "gradients",
+            help="how strongly, and where to, the terms of a distillation pull",
+            description=gradients.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     options = parser.parse_args(arguments)
     if options.command == "report":
         return tables.write(RESULTS)
+    if options.command == "gradients":
+        return gradients.measure(options)
     if options.setting != "synthetic" and options.data == "synthetic":
-        parser.error(f"{options.setting}: needs --data, ModelNet40 as distill.py reads it")
+        parser.error(f"{options.setting}: needs --data, ModelNet40 as distill reads it")
     study = Study(options.setting, options)
     if options.command == "tune":
         untuned = [(row, 0, {row: 1.0}) for row in options.rows if row in UNTUNED]
@@ -400,7 +412,3 @@ def main(arguments: list[str] | None = None) -> int:
             options.split, [(row, s, weights[row]) for s in options.seeds for row in options.rows]
         )
     return tables.write(RESULTS)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

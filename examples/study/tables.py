@@ -207,7 +207,7 @@ def _order(trial: tuple[tuple[str, str], list[Line]]) -> tuple[float, ...]:
 
 
 def gradients(results: Path) -> None:
-    """The table of gradients.py, as Markdown beside it."""
+    """The table of gradients, as Markdown beside it."""
     file = results / "gradients.json"
     if not file.exists():
         return
@@ -247,12 +247,12 @@ def write(results: Path) -> int:
     text = [
         "# The study",
         "",
-        "Written by `python examples/study/study.py report` from the JSON lines beside it, which",
+        "Written by `python examples/study report` from the JSON lines beside it, which",
         "hold the command of every run. Accuracy: mean and standard deviation over the seeds. Gap",
         "recovered: the share of the distance between the student alone and the teacher.",
         "Corrupted: mean accuracy on test clouds with noise, with a missing region, turned and",
-        "scaled (`CORRUPTIONS` in `examples/data.py`). s: seconds of training, with other runs",
-        "beside it. Weights were tried on a validation split of the training clouds, in fewer",
+        "scaled (`CORRUPTIONS` in `examples/distill/data.py`). s: seconds of training, with other",
+        "runs beside it. Weights were tried on a validation split of the training clouds, in fewer",
         "epochs.",
         "",
         "<!-- report -->",

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import shapes
-from catalog import CLASSES
+from distill import shapes
+from distill.catalog import CLASSES
 
 
 class DataError(Exception):

@@ -20,10 +20,10 @@ from rich.progress import (
 from rich.table import Table
 from torch import Tensor
 
-from data import CORRUPTIONS, Clouds, corrupted
+from distill.data import CORRUPTIONS, Clouds, corrupted
+from distill.methods import Network
+from distill.training import Record, accuracy
 from fad_loss import capture_features, metrics
-from methods import Network
-from training import Record, accuracy
 
 
 class Screen:

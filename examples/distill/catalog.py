@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shapes import (
+from distill.shapes import (
     Part,
     Random,
     arc,

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from data import Clouds, DataError, Dataset, augment, subsample
+from distill.data import Clouds, DataError, Dataset, augment, subsample
 
 Record: TypeAlias = dict[str, float]
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Clouds, augment, subsample
-from methods import Network, Seen, teach
-from training import Settings
+from distill.data import Clouds, augment, subsample
+from distill.methods import Network, Seen, teach
+from distill.training import Settings
 
 # Features are kept of so many points of a view; the logits and the pooled features are of all.
 KEPT = 64

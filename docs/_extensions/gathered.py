@@ -1,10 +1,11 @@
-"""What was measured, from the committed files, below what stands on the pages about it.
+"""What was measured, and the scripts of the hosts, below what stands on the pages about them.
 
-On GitHub those pages link to the files; here their contents follow. Nothing is copied by hand.
+On GitHub those pages name the files; here their contents follow. Nothing is copied by hand.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 STUDY = Path("examples/study/results")
 BENCHMARKS = Path("benchmarks/results")
+HOSTS = Path("examples/hosts")
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -122,7 +124,7 @@ def _benchmarks() -> str:
         if tables:
             context = found["context"]
             where = context.get("gpu") or f"{context['cpu']}, {context['threads']} threads"
-            packages = f"torch {context['packages']['torch']}, commit {context['commit'][:12]}"
+            packages = f"torch {context['packages']['torch']}, commit {(context['commit'] or 'unknown')[:12]}"
             command = f"`python benchmarks/{context['command']}`"
             parts += [f"## {file.stem}", f"{command}: {where}; {packages}.", *tables]
     return "\n\n".join(parts)
@@ -138,14 +140,38 @@ def _study() -> str:
     )
 
 
-MEASURED = {"benchmarks": _benchmarks, "study-results": _study}
+def _hosts() -> str:
+    """Each script under the first words of its docstring; the lines marked with its name stand out.
+
+    What the scripts share says nothing about a host.
+    """
+    parts = []
+    for file in sorted((ROOT / HOSTS).glob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        module = ast.parse(source)
+        title, _, text = (ast.get_docstring(module) or "").partition(": ")
+        if file.name == "toy.py" or not text:
+            continue
+        code = "".join(source.splitlines(keepends=True)[module.body[0].end_lineno :]).strip()
+        lines = enumerate(code.splitlines(), 1)
+        marked = ",".join(str(number) for number, line in lines if line.endswith("# fad_loss"))
+        options = f":emphasize-lines: {marked}\n" if marked else ""
+        text = text[:1].upper() + text[1:]
+        code = re.sub(r" +# fad_loss$", "", code, flags=re.MULTILINE)
+        parts += [f"## {title}", text, f"```{{code-block}} python\n{options}\n{code}\n```"]
+    return "\n\n".join(parts)
+
+
+GATHERED = {"benchmarks": _benchmarks, "hosts": _hosts, "study-results": _study}
+FILES = (STUDY / "report.md", BENCHMARKS / "*.json", HOSTS / "*.py")
 
 
 def _append(app: Sphinx, page: str, source: list[str]) -> None:
-    if page in MEASURED:
-        for file in (*(ROOT / STUDY).glob("report.md"), *(ROOT / BENCHMARKS).glob("*.json")):
-            app.env.note_dependency(str(file))
-        source[0] += "\n" + MEASURED[page]()
+    if page in GATHERED:
+        for pattern in FILES:
+            for file in ROOT.glob(str(pattern)):
+                app.env.note_dependency(str(file))
+        source[0] += "\n" + GATHERED[page]()
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

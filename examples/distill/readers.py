@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from data import Clouds, DataError, Dataset, held_out, normalize, shuffled
+from distill.data import Clouds, DataError, Dataset, held_out, normalize, shuffled
 
 MESHES = {".off", ".obj", ".ply", ".stl", ".glb", ".gltf"}
 TEXTS = {".xyz", ".txt", ".pts", ".csv"}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.networks import DGCNN, PointNet
 from fad_loss import (
     CloudDiscriminator,
     FeatureAdversarialLoss,
@@ -19,7 +20,6 @@ from fad_loss import (
     distances,
     ops,
 )
-from networks import DGCNN, PointNet
 
 Network = PointNet | DGCNN
 
