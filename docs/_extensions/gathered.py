@@ -124,7 +124,8 @@ def _benchmarks() -> str:
         if tables:
             context = found["context"]
             where = context.get("gpu") or f"{context['cpu']}, {context['threads']} threads"
-            packages = f"torch {context['packages']['torch']}, commit {(context['commit'] or 'unknown')[:12]}"
+            commit = (context["commit"] or "unknown")[:12]
+            packages = f"torch {context['packages']['torch']}, commit {commit}"
             command = f"`python benchmarks/{context['command']}`"
             parts += [f"## {file.stem}", f"{command}: {where}; {packages}.", *tables]
     return "\n\n".join(parts)

@@ -212,7 +212,7 @@ def kernel_sum_backward(  # type: ignore[no-untyped-def]
     return run(grad, x, y, weights, k, exclude_self, x_offsets, y_offsets, of_y, of_weights)
 
 
-@kernel_sum_backward.register_fake
+@kernel_sum_backward.register_fake  # type: ignore[untyped-decorator]
 def _(grad, x, y, *others: Any):  # type: ignore[no-untyped-def]
     of_y, of_weights = others[-2:]
     return (
@@ -340,7 +340,7 @@ def softmin_backward(  # type: ignore[no-untyped-def]
     return run(grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets, of_y, of_bias)
 
 
-@softmin_backward.register_fake
+@softmin_backward.register_fake  # type: ignore[untyped-decorator]
 def _(grad, x, y, bias, least, total, epsilon, *others: Any):  # type: ignore[no-untyped-def]
     of_y, of_bias = others[-2:]
     return (
