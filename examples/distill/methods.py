@@ -63,7 +63,6 @@ class Supervised(nn.Module):
         super().__init__()
         self._network = (network,)  # in a tuple: its weights are not part of the objective's
         self.smoothing = smoothing
-        self.shares: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -72,13 +71,10 @@ class Supervised(nn.Module):
         known: Seen | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         logits = self._network[0](points)
-        task = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
-        self.shares = {"task_loss": task.detach()}
-        return task, logits
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing), logits
 
     def statistics(self) -> dict[str, Tensor]:
-        """The task's loss, and what else there is in the latest step."""
-        return dict(self.shares)
+        return {}
 
 
 class Distilled(Supervised):
@@ -111,7 +107,7 @@ class Distilled(Supervised):
         temperature: float = 1.0,
         smoothing: float = 0.1,
         curriculum: str | None = None,
-        discriminator: str = "teacher",
+        discriminator: str = "paired",
         **options: Any,
     ) -> None:
         super().__init__(student, smoothing)
@@ -151,22 +147,20 @@ class Distilled(Supervised):
         if self.curriculum == "first" and self.progress < 0.25:
             loss = 0.0 * loss
         fading = 1.0 - self.progress if self.curriculum == "fade" else 1.0
-        task = loss
         for name, term in self.terms.items():
             what = COMPARED.get(name, "points")
             # FAD weighs the gradient of its student itself.
             weight = 1.0 if name == "fad" else self.weights[name]
             loss = loss + fading * weight * term(getattr(student, what), getattr(teacher, what))
-        self.shares["distillation_loss"] = (loss - task).detach()
         return loss, logits
 
     def statistics(self) -> dict[str, Tensor]:
-        """The two shares of the loss, and the scores of the adversarial one, if it takes part."""
+        """The scores of the adversarial loss, if it takes part."""
         if "fad" not in self.terms:
-            return super().statistics()
+            return {}
         names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "separability")
         values = self.terms["fad"].statistics()
-        return super().statistics() | {f"fad_{name}": values[name] for name in names}
+        return {f"fad_{name}": values[name] for name in names}
 
 
 class KnowledgeDistillation(nn.Module):

@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--weights", nargs="+", type=_weight, default=[], metavar="METHOD=WEIGHT",
         help="of the terms (methods.WEIGHTS)")  # fmt: skip
     add("--temperature", type=_positive, default=1.0, help="of kd (1)")
-    add("--discriminator", default="teacher", help="of fad (teacher)", choices=[
+    add("--discriminator", default="paired", help="of fad (paired)", choices=[
         "teacher", "paired", "point", "neighborhood", "cloud", "match", *DISCRIMINATORS,
     ])  # fmt: skip
     add("--objective", default="hinge", choices=[
