@@ -168,7 +168,7 @@ def _check_range(name: str, t: Tensor) -> None:
         return
     # |x - y|^2 is at most 4 C times the largest square; another 4 is room for sums of products.
     limit = (torch.finfo(accumulation_dtype(t.dtype)).max / (16 * t.shape[-1])) ** 0.5
-    low, high = t.detach().aminmax()
+    low, high = t.detach().amin(), t.detach().amax()  # several times as fast as aminmax
     if -limit <= float(low) and float(high) <= limit:
         return
     check_finite(name, t)
