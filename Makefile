@@ -6,6 +6,7 @@
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
 #   make docs         the documentation, into docs/_build/html
+#   make fuzz         random cases of everything public for MINUTES=30, on one core
 #   make benchmarks   the operations against their peers, and a training step, on this machine's CPU
 #   make clean        remove what was built (make distclean: .venv too)
 #
@@ -15,6 +16,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+MINUTES ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -25,7 +27,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel docs benchmarks clean distclean
+.PHONY: help demo test fuzz lint format types wheel docs benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +37,9 @@ demo: $(VENV)/.with-examples
 
 test: $(VENV)/.with-dev
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --durations 10
+
+fuzz: $(VENV)/.with-dev
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

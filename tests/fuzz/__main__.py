@@ -18,8 +18,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from .properties import PROPERTIES
-
+from .properties import PROPERTIES, SLOW
 
 MOST_FAILURES = 50
 
@@ -29,7 +28,7 @@ def one_round(name: str, start: int, examples: int, cases: dict[str, int]) -> No
 
     @seed(start)
     @settings(
-        max_examples=examples,
+        max_examples=max(1, examples // SLOW.get(name, 1)),
         deadline=None,
         derandomize=False,
         database=None,

@@ -125,9 +125,13 @@ def kernel_mean(
     k_off = (first.abs() * off).minimum(2 * k.abs() + bound.tiny**0.5) + 16 * bound.unit * k.abs()
     lost = d <= bound.tiny  # these distances underflow
     k_off = k_off + lost * bound.tiny**0.5
-    value_off = 1e-37 + (w * k_off).sum(1) / mass[:, 0] + 4 * bound.unit * (w * k.abs()).sum(1) / mass[:, 0]
+    value_off = (
+        1e-37 + (w * k_off).sum(1) / mass[:, 0] + 4 * bound.unit * (w * k.abs()).sum(1) / mass[:, 0]
+    )
     share = g.abs() * w / mass
-    w_off = share * ((second.abs() * off).minimum(2 * first.abs()) * root + bound.t * first.abs() * root)
+    w_off = share * (
+        (second.abs() * off).minimum(2 * first.abs()) * root + bound.t * first.abs() * root
+    )
     w_off = w_off + share * bound.t * first.abs() * profile.scale**0.5
     w_off = w_off + torch.where(lost, share * first.abs() * root, 0.0)
     w_off = w_off * 2 + bound.tiny**0.5

@@ -58,7 +58,7 @@ def search(data) -> None:
     backend = data.draw(BACKENDS)
     x, y = problem.x, problem.x if own else problem.y
     sizes = [columns for _, columns, _ in problem.clouds]
-    count = (y.shape[1] if problem.lengths is None else max([s.stop - s.start for s in sizes] + [1]))
+    count = y.shape[1] if problem.lengths is None else max([s.stop - s.start for s in sizes] + [1])
     available = count - own
     k = data.draw(st.integers(1, max(1, min(available, 20))))
     if problem.lengths is None and available < 1:
@@ -99,8 +99,13 @@ def search(data) -> None:
         at = index.clamp_min(0)
         difference = p.double()[:, None] - q.double()[at]
         owned = difference.square().sum(-1)
-        close("owner", problem, torch.where(none, math.inf, owned), distance.double(),
-              relative * torch.where(none, 0.0, owned) + 1e-36)
+        close(
+            "owner",
+            problem,
+            torch.where(none, math.inf, owned),
+            distance.double(),
+            relative * torch.where(none, 0.0, owned) + 1e-36,
+        )
         pull = 2 * torch.where(none, 0.0, cotangent[batch][rows].double())[..., None] * difference
         true_gradients[0][batch][rows] += pull.sum(1)
         sizes_of[0][batch][rows] += pull.norm(dim=-1).sum(1)
