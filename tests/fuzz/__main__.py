@@ -23,8 +23,8 @@ from .properties import PROPERTIES, SLOW
 MOST_FAILURES = 50
 
 
-def one_round(name: str, start: int, examples: int, cases: dict[str, int]) -> None:
-    """Run a property on random cases, and count them."""
+def one_round(name: str, start: int, examples: int, cases: dict[str, int]) -> bool:
+    """Run a property on random cases, and count them; a failure is printed."""
 
     @seed(start)
     @settings(
@@ -40,7 +40,12 @@ def one_round(name: str, start: int, examples: int, cases: dict[str, int]) -> No
         cases[name] += 1
         PROPERTIES[name](data)
 
-    run()
+    try:
+        run()
+    except Exception:  # noqa: BLE001 - reported, and the other properties go on
+        sys.stderr.write(f"{name} with seed {start}\n{traceback.format_exc(limit=-2)}\n")
+        return False
+    return True
 
 
 def main() -> int:
@@ -60,12 +65,10 @@ def main() -> int:
     end = start + 60 * arguments.minutes
     while time.monotonic() < end and len(failures) < MOST_FAILURES:
         for name in arguments.only:
-            try:
-                if time.monotonic() < end:
-                    one_round(name, arguments.seed + turn, arguments.examples, cases)
-            except Exception:  # noqa: BLE001 - reported, and the other properties go on
+            if time.monotonic() < end and not one_round(
+                name, arguments.seed + turn, arguments.examples, cases
+            ):
                 failures.append(f"{name} with seed {arguments.seed + turn}")
-                sys.stderr.write(f"{failures[-1]}\n{traceback.format_exc(limit=-2)}\n")
         turn += 1
     report = {
         "cases": sum(cases.values()),

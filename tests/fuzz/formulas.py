@@ -116,22 +116,21 @@ def kernel_mean(
     g = cotangent.double()[:, None]
     pull = g * w * first / mass
     dx, dy = pulled(x, y, pull)
-    dw = (g * (k - value[:, None]) / mass * (w > 0 if own else 1.0)).sum(0)
+    dw = g * (k - value[:, None]) / mass
     if own:
-        dw = (g * (k - value[:, None]) / mass).masked_fill(torch.eye(len(d)) > 0, 0.0).sum(0)
+        dw = dw.masked_fill(torch.eye(len(d)) > 0, 0.0)
+    dw = dw.sum(0)
     # Errors.
     off = bound.t * d.clamp_min(profile.scale) + bound.tiny
     root = d.sqrt()
     k_off = (first.abs() * off).minimum(2 * k.abs() + bound.tiny**0.5) + 16 * bound.unit * k.abs()
     lost = d <= bound.tiny  # these distances underflow
     k_off = k_off + lost * bound.tiny**0.5
-    value_off = (
-        1e-37 + (w * k_off).sum(1) / mass[:, 0] + 4 * bound.unit * (w * k.abs()).sum(1) / mass[:, 0]
-    )
+    added = 4 * bound.unit * (w * k.abs()).sum(1)
+    value_off = ((w * k_off).sum(1) + added) / mass[:, 0] + 1e-37  # where exponentials underflow
     share = g.abs() * w / mass
-    w_off = share * (
-        (second.abs() * off).minimum(2 * first.abs()) * root + bound.t * first.abs() * root
-    )
+    first_off = (second.abs() * off).minimum(2 * first.abs()) + bound.t * first.abs()
+    w_off = share * first_off * root
     w_off = w_off + share * bound.t * first.abs() * profile.scale**0.5
     w_off = w_off + torch.where(lost, share * first.abs() * root, 0.0)
     w_off = w_off * 2 + bound.tiny**0.5

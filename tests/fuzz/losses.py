@@ -43,10 +43,9 @@ def teacher(data) -> None:
         if spread <= 1e-6 * center.square().sum():
             return  # without spread its stand-in decides
         s, t = ((p - center) / spread.sqrt() for p in (s, t))
-        for z, got in ((s, scores.student), (t, scores.teacher)):
+        for z, part, given in ((s, rows, scores.student), (t, columns, scores.teacher)):
             true = _density(z, t, m) - _density(z, s, m)
-            part = rows if z is s else columns
-            got = problem.taken(got)[batch][part].double()
+            got = problem.taken(given)[batch][part].double()
             reach = formulas.distances(z, torch.cat([s, t])).amax() / m
             noise = 2.0**-11 * (1 + reach) * (1 + float(center.norm() / spread.sqrt()))
             assert ((got - true).abs() <= noise).all(), problem.description

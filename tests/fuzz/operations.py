@@ -57,8 +57,9 @@ def search(data) -> None:
     problem = data.draw(problems(same_size=own, extreme=False))
     backend = data.draw(BACKENDS)
     x, y = problem.x, problem.x if own else problem.y
-    sizes = [columns for _, columns, _ in problem.clouds]
-    count = y.shape[1] if problem.lengths is None else max([s.stop - s.start for s in sizes] + [1])
+    count = y.shape[1]
+    if problem.lengths is not None:
+        count = max([1, *problem.lengths[1]])
     available = count - own
     k = data.draw(st.integers(1, max(1, min(available, 20))))
     if problem.lengths is None and available < 1:
