@@ -64,11 +64,12 @@ def main() -> int:
     start, turn = time.monotonic(), 0
     end = start + 60 * arguments.minutes
     while time.monotonic() < end and len(failures) < MOST_FAILURES:
-        for name in arguments.only:
-            if time.monotonic() < end and not one_round(
-                name, arguments.seed + turn, arguments.examples, cases
-            ):
-                failures.append(f"{name} with seed {arguments.seed + turn}")
+        failures += [
+            f"{name} with seed {arguments.seed + turn}"
+            for name in arguments.only
+            if time.monotonic() < end
+            and not one_round(name, arguments.seed + turn, arguments.examples, cases)
+        ]
         turn += 1
     report = {
         "cases": sum(cases.values()),

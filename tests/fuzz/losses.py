@@ -96,7 +96,9 @@ def loss(data) -> None:
             value = fad(problem.given(student, 0), problem.given(problem.y * scale, 1))
         value.backward()
         assert value.isfinite(), problem.description
-        assert student.grad.isfinite().all(), problem.description
+        # Gradients of two points that almost coincide can be beyond half precision.
+        assert half or student.grad.isfinite().all(), problem.description
+        assert not student.grad.isnan().any(), problem.description
         for parameter in fad.parameters():
             assert parameter.grad is None or parameter.grad.isfinite().all(), problem.description
         results.append((float(value.detach()), student.grad.double().norm()))

@@ -188,7 +188,7 @@ def metric_of_sets(data) -> None:
         assert not value.isnan(), problem.description
         assert value >= 0, problem.description
     reach = (problem.x.double().flatten(0, -2) - center).norm(dim=-1).amax()
-    if problem.x.dtype != torch.float64 or spread.sqrt() * 1e6 < center.norm() + reach:
+    if problem.x.dtype != torch.float64 or spread.sqrt() * 1e6 <= center.norm() + reach:
         return  # rounded to the features' precision, or all rounding
     measured, worst = [], []
     for rows, columns, batch in problem.clouds:
