@@ -8,6 +8,7 @@
 #   make docs         the documentation, into docs/_build/html
 #   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
 #   make links        whether the addresses in the documentation answer
+#   make fuzz         random cases of everything public for MINUTES=30, on one core
 #   make benchmarks   the operations against their peers, and a training step, on this machine's CPU
 #   make clean        remove what was built (make distclean: .venv too)
 #
@@ -17,6 +18,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+MINUTES ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -27,7 +29,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types wheel docs links site benchmarks clean distclean
+.PHONY: help demo test fuzz lint format types wheel docs links site benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +39,9 @@ demo: $(VENV)/.with-examples
 
 test: $(VENV)/.with-dev
 	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --cov --durations 10
+
+fuzz: $(VENV)/.with-dev
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ today, runs here too. The numbers are written as JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -40,6 +41,12 @@ SHAPES = (
 )
 
 
+def clustered(points: torch.Tensor) -> torch.Tensor:
+    """Every other point around (10, ..., 10), the rest around its negative, 800 times as close."""
+    side = torch.tensor([10.0, -10.0]).repeat(points.shape[1] // 2 + 1)[: points.shape[1], None]
+    return side + 0.0125 * (points - 1)
+
+
 def serve() -> None:
     """Answer every line of the standard input, a case, with the seconds that it took."""
     # Before `implementations`, which would take the code beside it.
@@ -53,11 +60,14 @@ def serve() -> None:
         request = json.loads(line)
         key = json.dumps(request["case"])
         if key not in runs:
-            op, shape, direction, name = request["case"]
+            op, shape, direction, data, name = request["case"]
             case = Case(op, *shape)
             found = implementations(case, torch.device("cpu"), ("tiled",), (CDIST,), 1 << 33)
             function = next(i.function for i in found if i.name == name)
-            runs = {key: passes(function, *case.inputs(torch.device("cpu")), direction)}
+            points = case.inputs(torch.device("cpu"))
+            if data == "clusters":
+                points = tuple(clustered(t) for t in points)
+            runs = {key: passes(function, *points, direction)}
             runs[key]()
         start = time.perf_counter()
         for _ in range(request["calls"]):
@@ -112,8 +122,9 @@ def measure(
         turn = len(times["new"]) % len(names)
         for name in names[turn:] + names[:turn]:
             times[name].append(servers[name].time([*case, _ours(name)], calls[name]))
-    op, (B, N, M, C), direction = case
+    op, (B, N, M, C), direction, data = case
     row: dict[str, Any] = {"op": op, "B": B, "N": N, "M": M, "C": C, "pass": direction}
+    row["data"] = data
     row["rounds"] = len(times["new"])
     for name, values in times.items():
         row[name] = {"median_s": statistics.median(values), "fastest_s": min(values)}
@@ -130,7 +141,7 @@ def _ours(name: str) -> str:
 def table(rows: Sequence[dict[str, Any]], old: str) -> Table:
     """What was measured."""
     shown = Table(title=f"this commit beside {old[:10]} and torch.cdist, medians")
-    for column in ("operation", "pass", "B, N, M, C"):
+    for column in ("operation", "pass", "B, N, M, C", "points"):
         shown.add_column(column)
     for column in ("new", "old", "cdist", "new / old", "new / cdist"):
         shown.add_column(column, justify="right")
@@ -139,6 +150,7 @@ def table(rows: Sequence[dict[str, Any]], old: str) -> Table:
             row["op"],
             row["pass"],
             ", ".join(str(row[name]) for name in "BNMC"),
+            row["data"],
             *[f"{row[name]['median_s'] * 1e3:.2f} ms" for name in ("new", "old", "cdist")],
             *[f"{row[name]:.2f}" for name in ("new_over_old", "new_over_cdist")],
         )
@@ -162,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated")
     parser.add_argument("--passes", default="forward,backward")
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, metavar="B,N,M,C")
+    parser.add_argument(
+        "--data", default="normal", help="normal, clusters (where products cancel), or both"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
     parser.add_argument("--rounds", type=int, default=15, help="per case, at least")
@@ -183,13 +198,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "cdist": Server(ROOT / "src", arguments.threads),
         }
         try:
-            for shape in arguments.shapes:
-                for op in arguments.ops.split(","):
-                    for direction in arguments.passes.split(","):
-                        case = (op, shape, direction)
-                        row = measure(case, servers, arguments.seconds, arguments.rounds)
-                        report["cases"].append(row)
-                        save(arguments.output, report)
+            for case in itertools.product(
+                arguments.ops.split(","),
+                arguments.shapes,
+                arguments.passes.split(","),
+                arguments.data.split(","),
+            ):
+                row = measure(case, servers, arguments.seconds, arguments.rounds)
+                report["cases"].append(row)
+                save(arguments.output, report)
         finally:
             for server in servers.values():
                 server.close()

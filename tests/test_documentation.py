@@ -25,6 +25,7 @@ from test_package import public_modules, public_objects
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES += [ROOT / name / "README.md" for name in ("benchmarks", "examples")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 REFERENCE = sorted((ROOT / "docs" / "api").glob("*.rst"))
 
@@ -83,7 +84,7 @@ RENDERED = {page: Rendered(page) for page in PAGES}
 
 
 def named(page):
-    return page.stem
+    return str(page.relative_to(ROOT).with_suffix(""))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if RENDERED[p].python], ids=named)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from fad_loss import FeatureAdversarialLoss
+from fad_loss import FeatureAdversarialLoss, HeadDiscriminator
 
 pytest.importorskip("matplotlib")
 
@@ -161,11 +161,13 @@ def test_every_method_teaches_the_student_and_leaves_the_teacher(method):
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     objective = methods.Distilled(student, teacher, method)
     objective.train()
-    loss, logits = objective(torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0]))
-    loss.backward()
-    assert logits.shape == (4, 3)
-    alone = F.cross_entropy(logits, torch.tensor([0, 1, 2, 0]), label_smoothing=0.1)
-    assert loss > alone
+    step = objective(torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0]))
+    step.loss.backward()
+    assert step.logits.shape == (4, 3)
+    alone = F.cross_entropy(step.logits, torch.tensor([0, 1, 2, 0]), label_smoothing=0.1)
+    torch.testing.assert_close(step.task, alone)
+    assert step.distillation > 0
+    torch.testing.assert_close(step.loss, alone + step.distillation)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
     assert student.local[0].linear.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in teacher.parameters())
@@ -212,14 +214,23 @@ def test_weights_are_those_of_the_study_unless_given():
 
     def weights(method, **options):
         term = methods.Distilled(*networks_, method, **options)
-        if "fad" in term.terms:
-            assert term.terms["fad"].weight == term.weights["fad"]
+        for name in {"fad", "head", "last"} & term.terms.keys():
+            assert term.terms[name].weight == term.weights[name]
         return term.weights
 
     best = methods.WEIGHTS
     ours = FeatureAdversarialLoss(4, 4).weight
     assert ours > 1
-    assert weights("fad+kd", discriminator="teacher") == {"fad": ours, "kd": best["kd"]}
+    assert weights("fad+kd") == {"fad": ours, "kd": best["kd"]}
+    judge = HeadDiscriminator(networks_[1].classifier[-1], pool=None)
+    assert weights("head") == {"head": FeatureAdversarialLoss(4, 4, discriminator=judge).weight}
+    paired = FeatureAdversarialLoss(4, 4, discriminator="paired").weight
+    assert (
+        weights("last")
+        == {"last": paired}
+        == {"last": weights("fad", discriminator="paired")["fad"]}
+    )
+    assert weights("head+last", weights={"last": 3.0})["last"] == 3.0
     assert weights("fad", discriminator="match")["fad"] < 1
     assert weights("fad", discriminator="paired", balance=True) == {"fad": 1.0}
     assert weights("fad+kd", weights={"fad": 2.0}) == {"fad": 2.0, "kd": best["kd"]}
@@ -231,7 +242,7 @@ def test_weights_are_those_of_the_study_unless_given():
 def test_variants_teach_too(discriminator):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     objective = methods.Distilled(student, teacher, "fad", discriminator=discriminator)
-    objective(torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0]))[0].backward()
+    objective(torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])).loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters())
     assert student.local[0].linear.weight.grad.abs().sum() > 0
 
@@ -242,14 +253,16 @@ def test_the_teachers_last_layer_judges_the_students_penultimate_features():
     points, labels = torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])
     known = methods.teach(teacher, points)
     torch.testing.assert_close(teacher.classifier[-1](known.penultimate), known.logits)
-    loss, _ = objective(points, labels)
-    plain, _ = methods.Supervised(student)(points, labels)
+    loss = objective(points, labels).distillation
     with methods.watch(student) as features:
         student(points)
-        adapted = objective.terms["head"].adapter(features[student.penultimate])
+        judged = objective.terms["head"]
+        own = features[student.penultimate]
+        # What the loss has seen nothing of yet has the mean 0 and the variance 1, and a little.
+        adapted = judged.teacher_units.restore(judged.adapter(own / 1.01**0.5))
     guess = F.log_softmax(teacher.classifier[-1](adapted), dim=-1)
     wanted = F.kl_div(guess, known.logits.softmax(-1), reduction="batchmean")
-    torch.testing.assert_close(loss - plain, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_curriculum_moves_from_the_terms_to_the_task():
@@ -260,9 +273,9 @@ def test_a_curriculum_moves_from_the_terms_to_the_task():
         torch.manual_seed(0)
         objective = methods.Distilled(student.eval(), teacher, "fitnet", curriculum=curriculum)
         objective.progress = progress
-        return objective(points, labels)[0].item()
+        return objective(points, labels).loss.item()
 
-    task = methods.Supervised(student)(points, labels)[0].item()
+    task = methods.Supervised(student)(points, labels).loss.item()
     both = loss(None, 0.5)
     assert both > task
     assert loss("first", 0.0) == pytest.approx(both - task, rel=1e-4)
@@ -276,9 +289,22 @@ def test_what_the_teacher_said_before_is_as_good_as_asking_again(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     objective = methods.Distilled(student.eval(), teacher, method).eval()
     points, labels = torch.randn(4, 12, 3), torch.tensor([0, 1, 2, 0])
-    asked, _ = objective(points, labels)
-    known, _ = objective(points, labels, methods.teach(teacher, points))
-    torch.testing.assert_close(known, asked)
+    asked = objective(points, labels)
+    known = objective(points, labels, methods.teach(teacher, points))
+    for one, other in zip(known, asked, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_fad_is_the_loss_of_the_readme():
+    student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
+    torch.manual_seed(1)
+    term = methods.Distilled(student, teacher, "fad").terms["fad"]
+    torch.manual_seed(1)
+    readme = FeatureAdversarialLoss(student.channels, teacher.channels)
+    assert repr(term) == repr(readme)
+    assert str(vars(term)["max_points"]) == str(readme.max_points)
+    for name, value in readme.state_dict().items():
+        assert torch.equal(term.state_dict()[name], value), name
 
 
 def test_views_hold_what_the_teacher_says(tmp_path):
@@ -385,8 +411,8 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     class Broken(methods.Supervised):
         def forward(self, points, labels, known=None):
-            loss, logits = super().forward(points, labels, known)
-            return loss * torch.nan, logits
+            step = super().forward(points, labels, known)
+            return step._replace(task=step.task * torch.nan)
 
     split = data.Clouds(torch.randn(8, 8, 3), torch.arange(8) % 2)
     clouds = data.Dataset("tiny", split, split, ["a", "b"])
@@ -421,6 +447,9 @@ def test_the_whole_job(clouds, tmp_path, capsys):
         for x in next(tmp_path.glob("student-fad-*.jsonl")).read_text().split("\n")[:-1]
     ]
     assert {"loss", "test_accuracy", "fad_real_score", "fad_fake_score"} <= logs[0].keys()
+    for log in logs:
+        assert log["loss"] == pytest.approx(log["task_loss"] + log["distillation_loss"], rel=1e-4)
+    assert "  distillation " in shown
 
     # Once more: nothing is trained again, and the numbers are the same.
     assert experiment.main(command) == 0
@@ -445,7 +474,7 @@ def test_the_teacher_is_asked_once_about_views(clouds, teacher, tmp_path):
 def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, capsys):
     command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--student-arch", "dgcnn"]
     command += ["--teacher", str(teacher), "--epochs", "1", "--no-baseline", "--validate"]
-    command += ["--discriminator", "cloud", "--objective", "relativistic", "--compress", "60"]
+    command += ["--discriminator", "cloud", "--fad", "objective='relativistic'", "--compress", "60"]
     assert experiment.main(command) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", "student with FAD"]

@@ -16,12 +16,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+import fad_loss
 from distill import networks, readers, report
 from distill.data import DataError, Dataset, synthetic
-from distill.methods import Distilled, Network, Supervised, adversarial, title
+from distill.methods import Distilled, Network, Supervised, of_discriminator, title
 from distill.options import parse
 from distill.training import Run, Settings, fit, load_checkpoint
 from distill.views import Views
+from fad_loss import FeatureAdversarialLoss
 
 
 def check_losses(options: argparse.Namespace) -> None:
@@ -32,10 +34,15 @@ def check_losses(options: argparse.Namespace) -> None:
             message = f"--weights {name}: not a part of --loss {' '.join(options.loss)}"
             raise DataError(message)
     try:
-        adversarial((8, 8), options.discriminator, objective=options.objective, **dict(options.fad))
+        FeatureAdversarialLoss(8, 8, **adversarial(options, 8))
     except (ValueError, TypeError) as error:
         message = f"--loss fad: {error}"
         raise DataError(message) from error
+
+
+def adversarial(options: argparse.Namespace, channels: int) -> dict[str, Any]:
+    """What is given of the options of "fad"; without any it is the library's default."""
+    return {**of_discriminator(options.discriminator, channels), **dict(options.fad)}
 
 
 def load_data(options: argparse.Namespace) -> Dataset:
@@ -197,11 +204,6 @@ class Experiment:
         if method == "none":
             objective = Supervised(network, options.label_smoothing)
         else:
-            adversarial = {
-                "discriminator": options.discriminator,
-                "objective": options.objective,
-                **dict(options.fad),
-            }
             try:
                 objective = Distilled(
                     network,
@@ -211,14 +213,17 @@ class Experiment:
                     temperature=options.temperature,
                     smoothing=options.label_smoothing,
                     curriculum=options.curriculum,
-                    **adversarial,
+                    discriminator=options.discriminator,
+                    **dict(options.fad),
                 ).to(self.device)
             except (ValueError, TypeError) as error:
                 message = f"--loss {method}: {error}"
                 raise DataError(message) from error
             more |= {"weights": objective.weights, "teacher": digest(teacher)}
-            # What is not given is the library's default, and not part of a checkpoint's name.
-            more |= adversarial if "fad" in method.split("+") else {}
+            # What is not given is the default of this version of the library.
+            more |= {"fad_loss": fad_loss.__version__}
+            if "fad" in method.split("+"):
+                more |= {"discriminator": options.discriminator, **dict(options.fad)}
             more |= {"curriculum": options.curriculum} if options.curriculum else {}
             more |= {"temperature": options.temperature} if "kd" in method.split("+") else {}
         more |= {"views": options.views} if options.views else {}
@@ -242,7 +247,13 @@ class Experiment:
         self.console.print(report.table(self.rows, caption))
         report.plot(options.output / "curves.png", self.histories, caption)
         chosen = {key: str(value) for key, value in vars(options).items()}
-        content = report.results(self.rows, data=caption, torch=torch.__version__, options=chosen)
+        content = report.results(
+            self.rows,
+            data=caption,
+            torch=torch.__version__,
+            fad_loss=fad_loss.__version__,
+            options=chosen,
+        )
         path = options.output / "results.json"
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         places = f"plot: {options.output / 'curves.png'}\nresults: {path}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distill.networks import DGCNN, PointNet
 from fad_loss import (
     CloudDiscriminator,
+    Distiller,
     FeatureAdversarialLoss,
     HeadDiscriminator,
     TeacherDiscriminator,
@@ -35,20 +36,34 @@ class Seen(NamedTuple):
 
 def watch(network: Network) -> Any:
     """Captures the features that are compared."""
-    return capture_features(network, [network.layer, network.penultimate])
+    return capture_features(network, [network.layer, network.penultimate, "classifier"])
 
 
-def seen(network: Network, features: Mapping[str, Tensor], logits: Tensor) -> Seen:
+def seen(network: Network, features: Mapping[str, Tensor]) -> Seen:
     """What `watch` saw."""
     points = features[network.layer]
-    return Seen(points, points.amax(dim=1), features[network.penultimate], logits)
+    return Seen(points, points.amax(dim=1), features[network.penultimate], features["classifier"])
 
 
 @torch.no_grad()
 def teach(teacher: Network, points: Tensor) -> Seen:
     """What the teacher makes of a batch of clouds."""
     with watch(teacher) as features:
-        return seen(teacher, features, teacher(points))
+        teacher(points)
+        return seen(teacher, features)
+
+
+class Step(NamedTuple):
+    """What a batch gave: the terms to minimise, apart, and the student's logits."""
+
+    task: Tensor
+    distillation: Tensor | None
+    logits: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """What is minimised."""
+        return self.task if self.distillation is None else self.task + self.distillation
 
 
 class Supervised(nn.Module):
@@ -69,12 +84,37 @@ class Supervised(nn.Module):
         points: Tensor,
         labels: Tensor,
         known: Seen | None = None,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Step:
         logits = self._network[0](points)
-        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing), logits
+        return Step(self.task(logits, labels), None, logits)
+
+    def task(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What the labels say."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
     def statistics(self) -> dict[str, Tensor]:
         return {}
+
+
+def distiller(
+    student: Network, teacher: Network, discriminator: str | None = None, **options: Any
+) -> Distiller:
+    """The library's loss between the layers that the networks name.
+
+    Without options it is what the README shows, all defaults:
+    ``FeatureAdversarialLoss(student_channels, teacher_channels)``.
+    """
+    options |= of_discriminator(discriminator, teacher.channels)
+    weight = next(student.parameters())
+    example = torch.linspace(-1, 1, 2 * 32 * 3, device=weight.device, dtype=weight.dtype)
+    return Distiller(
+        student,
+        teacher,
+        {student.layer: teacher.layer},
+        example=example.view(2, 32, 3),
+        layout="bnc",
+        **options,
+    )
 
 
 class Distilled(Supervised):
@@ -84,13 +124,14 @@ class Distilled(Supervised):
         student: the network to train.
         teacher: a trained network; it is not changed.
         method: names from `METHODS`, joined by "+".
-        weights: what multiplies the terms; of those that are not named, FAD's own default, or that
-            of `WEIGHTS`.
+        weights: of the terms; of those that are not named, FAD's own default, or that of `WEIGHTS`.
+            FAD's multiplies its gradient at the student, the others' what is added to the loss.
         temperature: of knowledge distillation.
         smoothing: of the labels.
         curriculum: "first" spends the first quarter of the training on the terms alone, "fade" lets
             them fade linearly to nothing.
-        discriminator: of "fad": from `DISCRIMINATORS`, or a name that the library knows.
+        discriminator: of "fad": from `DISCRIMINATORS`, or a name that the library knows; None is
+            the library's default.
         options: more of them for "fad", as `FeatureAdversarialLoss` takes them.
 
     Its forward takes what the teacher makes of the clouds, if that is known already; the teacher's
@@ -107,52 +148,62 @@ class Distilled(Supervised):
         temperature: float = 1.0,
         smoothing: float = 0.1,
         curriculum: str | None = None,
-        discriminator: str = "paired",
+        discriminator: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(student, smoothing)
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._features = watch(student)
+        self._known = watch(teacher)
+        self._distiller: tuple[Distiller, ...] = ()
         self.curriculum = curriculum
         given = dict(weights or {})
         self.terms = nn.ModuleDict()
         self.weights = {}
         for name in method.split("+"):
-            sizes = [
-                network.classifier[-1].in_features
-                if COMPARED.get(name) == "penultimate"
-                else network.channels
-                for network in (student, teacher)
-            ]
             if name == "fad":
-                term = adversarial(sizes, discriminator, weight=given.get(name), **options)
-                self.weights[name] = term.weight
+                made = distiller(student, teacher, discriminator, weight=given.get(name), **options)
+                self._distiller = (made,)
+                (self.terms[name],) = made.losses.values()
             else:
-                term = METHODS[name](
+                sizes = [
+                    network.classifier[-1].in_features
+                    if COMPARED.get(name) == "penultimate"
+                    else network.channels
+                    for network in (student, teacher)
+                ]
+                self.terms[name] = METHODS[name](
                     *sizes,
                     classes=teacher.classes,
                     temperature=temperature,
                     head=teacher.classifier[-1],
+                    weight=given.get(name),
                 )
-                self.weights[name] = given.get(name, WEIGHTS.get(name, 1.0))
-            self.terms[name] = term
+            term = self.terms[name]
+            own = isinstance(term, FeatureAdversarialLoss)
+            self.weights[name] = term.weight if own else given.get(name, WEIGHTS.get(name, 1.0))
 
-    def forward(
-        self, points: Tensor, labels: Tensor, known: Seen | None = None
-    ) -> tuple[Tensor, Tensor]:
-        teacher = teach(self._teacher[0], points) if known is None else known
-        loss, logits = super().forward(points, labels)
-        student = seen(self._network[0], self._features, logits)
-        student = student._replace(points=student.points[:, : teacher.points.shape[1]])
-        if self.curriculum == "first" and self.progress < 0.25:
-            loss = 0.0 * loss
-        fading = 1.0 - self.progress if self.curriculum == "fade" else 1.0
+    def forward(self, points: Tensor, labels: Tensor, known: Seen | None = None) -> Step:
+        found: dict[str, Tensor] = {}
+        if self._distiller and known is None:
+            logits, found["fad"] = self._distiller[0](points)
+            known = seen(self._teacher[0], self._known)
+        else:
+            logits = self._network[0](points)
+            known = teach(self._teacher[0], points) if known is None else known
+        student = seen(self._network[0], self._features)
+        student = student._replace(points=student.points[:, : known.points.shape[1]])
         for name, term in self.terms.items():
-            what = COMPARED.get(name, "points")
-            # FAD weighs the gradient of its student itself.
-            weight = 1.0 if name == "fad" else self.weights[name]
-            loss = loss + fading * weight * term(getattr(student, what), getattr(teacher, what))
-        return loss, logits
+            if name not in found:
+                what = COMPARED.get(name, "points")
+                found[name] = term(getattr(student, what), getattr(known, what))
+            if not isinstance(term, FeatureAdversarialLoss):
+                found[name] = self.weights[name] * found[name]
+        task = self.task(logits, labels)
+        if self.curriculum == "first" and self.progress < 0.25:
+            task = 0.0 * task
+        fading = 1.0 - self.progress if self.curriculum == "fade" else 1.0
+        return Step(task, fading * torch.stack(list(found.values())).sum(), logits)
 
     def statistics(self) -> dict[str, Tensor]:
         """The scores of the adversarial loss, if it takes part."""
@@ -310,20 +361,20 @@ def gaussians(channels: int) -> ops.Gaussian:
     return ops.Gaussian([factor * channels**0.5 for factor in (0.5, 1.0, 2.0)])
 
 
-def judged(*channels: int, head: nn.Module, **_: float) -> nn.Module:
+def judged(
+    *channels: int, head: nn.Module, weight: float | None = None, **_: Any
+) -> FeatureAdversarialLoss:
     """FAD by the teacher's last layer: what does it make of the student's penultimate features?"""
     discriminator = HeadDiscriminator(head, pool=None)
-    return FeatureAdversarialLoss(
-        *channels, discriminator=discriminator, normalize=False, weight=1.0
-    )
+    return FeatureAdversarialLoss(*channels, discriminator=discriminator, weight=weight)
 
 
-def last(*channels: int, **_: Any) -> nn.Module:
+def last(*channels: int, weight: float | None = None, **_: Any) -> FeatureAdversarialLoss:
     """FAD on penultimate features: the batch is the set, and each cloud knows its own."""
-    return FeatureAdversarialLoss(*channels, discriminator="paired", weight=1.0)
+    return FeatureAdversarialLoss(*channels, discriminator="paired", weight=weight)
 
 
-# Called with the channels of the student and of the teacher, classes=, temperature= and head=.
+# Called with the channels of student and teacher, classes=, temperature=, head= and weight=.
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "fad": FeatureAdversarialLoss,
     "head": judged,
@@ -338,10 +389,10 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "crd": Contrastive,
     **{name: partial(SetDistance, name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
 }
-# The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD
-# knows its own.
+# The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD,
+# also that on the penultimate features, knows its own.
 WEIGHTS = {
-    "head": 3.0, "last": 100.0, "kd": 3.0, "logit": 0.03,
+    "kd": 3.0, "logit": 0.03,
     "mse": 0.03, "fitnet": 30.0, "fitnet-last": 3.0, "sp": 30.0, "rkd": 3.0, "crd": 0.3,
     "chamfer": 30.0, "energy": 30.0, "mmd": 300.0, "sinkhorn": 30.0,
 }  # fmt: skip
@@ -362,12 +413,12 @@ DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def adversarial(sizes: Sequence[int], discriminator: str, **options: Any) -> FeatureAdversarialLoss:
-    """The library's loss, with a discriminator of its own or of `DISCRIMINATORS`."""
-    make = DISCRIMINATORS.get(discriminator)
-    return FeatureAdversarialLoss(
-        *sizes, discriminator=make(sizes[1]) if make else discriminator, **options
-    )
+def of_discriminator(name: str | None, channels: int) -> dict[str, Any]:
+    """The option for a discriminator by its name here or in the library; none for the default."""
+    if name is None:
+        return {}
+    make = DISCRIMINATORS.get(name)
+    return {"discriminator": make(channels) if make else name}
 
 
 # What they are called with, if not the features of points.

@@ -44,13 +44,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--weights", nargs="+", type=_weight, default=[], metavar="METHOD=WEIGHT",
         help="of the terms (methods.WEIGHTS)")  # fmt: skip
     add("--temperature", type=_positive, default=1.0, help="of kd (1)")
-    add("--discriminator", default="paired", help="of fad (paired)", choices=[
+    add("--discriminator", help="of fad (the library's default)", choices=[
         "teacher", "paired", "point", "neighborhood", "cloud", "match", *DISCRIMINATORS,
     ])  # fmt: skip
-    add("--objective", default="hinge", choices=[
-        "hinge", "non_saturating", "least_squares", "wasserstein", "relativistic"])  # fmt: skip
     add("--fad", nargs="+", type=_setting, default=[], action="extend", metavar="NAME=VALUE",
-        help="more arguments of FeatureAdversarialLoss: balance=True, max_points=32")  # fmt: skip
+        help="more arguments of FeatureAdversarialLoss: balance=True, "
+        "max_points=32, objective='least_squares'")  # fmt: skip
     add("--curriculum", choices=["first", "fade"], help="the terms first, then the task too; or "
         "terms that fade to nothing")  # fmt: skip
     add("--views", type=int, default=0, metavar="V", help="ask the teacher about V augmented views "
@@ -111,7 +110,7 @@ def _weight(text: str) -> tuple[str, float]:
 
 def _setting(text: str) -> tuple[str, Any]:
     names = inspect.signature(FeatureAdversarialLoss).parameters
-    own = {"student_channels", "teacher_channels", "discriminator", "objective", "weight", "layout"}
+    own = {"student_channels", "teacher_channels", "discriminator", "weight", "layout"}
     return _pair(text, [name for name in names if name not in own])
 
 

@@ -75,10 +75,10 @@ class Screen:
 
 def _news(record: Record) -> str:
     train, test = (100 * record[f"{split}_accuracy"] for split in ("train", "test"))
-    return (
-        f"epoch {record['epoch']:.0f}  loss {record['loss']:.3f}  train {train:.1f} %  "
-        f"test {test:.1f} %"
-    )
+    terms = f"loss {record['loss']:.3f}"
+    if "distillation_loss" in record:
+        terms = f"task {record['task_loss']:.3f}  distillation {record['distillation_loss']:.3f}"
+    return f"epoch {record['epoch']:.0f}  {terms}  train {train:.1f} %  test {test:.1f} %"
 
 
 @dataclass

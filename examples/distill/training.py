@@ -25,8 +25,8 @@ class Objective(Protocol):
 
     progress: float  # the share of the training that is over
 
-    def __call__(self, points: Tensor, labels: Tensor, known: Any = None) -> tuple[Tensor, Tensor]:
-        """The loss and the logits."""
+    def __call__(self, points: Tensor, labels: Tensor, known: Any = None) -> Any:
+        """The terms of the loss and the logits, a `methods.Step`."""
 
     def statistics(self) -> dict[str, Tensor]:
         """What to log of the latest batch."""
@@ -152,6 +152,11 @@ def accuracy(network: nn.Module, clouds: Clouds, points: int, batch_size: int = 
     return right.item() / len(clouds)
 
 
+def _means(records: list[dict[str, Tensor]]) -> Record:
+    """The mean of each value over the batches."""
+    return {k: torch.stack([r[k] for r in records]).double().mean().item() for k in records[0]}
+
+
 def fit(
     network: nn.Module,
     objective: Objective,
@@ -204,23 +209,26 @@ def fit(
                 points = augment(points, generator, jitter=settings.jitter, rotate=settings.rotate)
             else:
                 points, known = views.take(epoch, index)
-            loss, logits = objective(points, batch.labels, known)
+            made = objective(points, batch.labels, known)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            made.loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
             optimizer.step()
-            losses.append(loss.detach())
-            right += (logits.argmax(dim=-1) == batch.labels).sum()
+            terms = {"loss": made.loss, "task_loss": made.task}
+            if made.distillation is not None:
+                terms["distillation_loss"] = made.distillation
+            losses.append({name: term.detach() for name, term in terms.items()})
+            right += (made.logits.argmax(dim=-1) == batch.labels).sum()
             if step % max(1, steps // 20) == 0:
                 logged.append(objective.statistics())
             watch.step()
         record = {
             "epoch": epoch + 1,
-            "loss": torch.stack(losses).mean().item(),
+            **_means(losses),
             "learning_rate": settings.rate(epoch),
             "train_accuracy": right.item() / (steps * batch_size),
             "test_accuracy": accuracy(network, data.test, settings.points),
-            **{k: torch.stack([v[k] for v in logged]).double().mean().item() for k in logged[0]},
+            **_means(logged),
         }
         if not math.isfinite(record["loss"]):
             message = (

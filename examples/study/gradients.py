@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import networks, readers
@@ -78,7 +77,7 @@ class Bench:
         for step in range(STEPS):
             points, labels, known = self.take(4 + step % 12)
             optimizer.zero_grad()
-            term(points, labels, known)[0].backward(inputs=list(term.parameters()))
+            term(points, labels, known).loss.backward(inputs=list(term.parameters()))
             optimizer.step()
         return term
 
@@ -86,13 +85,12 @@ class Bench:
         """Of the task and of the term, of one batch."""
         points, labels, known = self.take(number)
         torch.manual_seed(number)
-        loss, logits = term(points, labels, known)
-        task = F.cross_entropy(logits, labels, label_smoothing=0.1)
-        both = [
-            torch.autograd.grad(value, self.parameters, retain_graph=True) for value in (task, loss)
-        ]
-        of_task, of_sum = (torch.cat([g.flatten() for g in gradient]) for gradient in both)
-        return of_task, of_sum - of_task
+        step = term(points, labels, known)
+        of_task, of_term = (
+            torch.autograd.grad(value, self.parameters, retain_graph=True, materialize_grads=True)
+            for value in (step.task, step.distillation)
+        )
+        return tuple(torch.cat([g.flatten() for g in pull]) for pull in (of_task, of_term))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

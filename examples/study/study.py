@@ -65,7 +65,9 @@ PARTS: dict[str, list[str]] = {
             "chamfer", "energy", "mmd", "sinkhorn", "fad-head", "fad-last",
         )
     },
-    "fad": ["--discriminator", "broad"],
+    # As the README shows it.
+    "fad": [],
+    "fad-broad": ["--discriminator", "broad"],
     "fad-paired": ["--discriminator", "paired", "--fad", "max_points=64"],
     **{
         f"fad-{name}": ["--discriminator", name]
@@ -90,7 +92,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "8points": ["--fad", "max_points=8"],
         "16points": ["--fad", "max_points=16"],
         **{
-            name: ["--objective", name]
+            name: ["--fad", f"objective={name!r}"]
             for name in ("non_saturating", "least_squares", "relativistic")
         },
         "first": ["--curriculum", "first"],
@@ -99,7 +101,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
     "fad-point": {
         **{
-            name: ["--objective", name]
+            name: ["--fad", f"objective={name!r}"]
             for name in ("non_saturating", "least_squares", "wasserstein", "relativistic")
         },
         "penalty": ["--fad", "gradient_penalty=1.0"],
@@ -217,6 +219,7 @@ class Study:
             "teacher_parameters": teacher_row["parameters"],
             "data": results["data"],
             "torch": results["torch"],
+            "fad_loss": results["fad_loss"],
             "commit": commit(),
             "command": results["command"],
             "epochs": epochs(Path(student_row["checkpoint"]).with_suffix(".jsonl")),

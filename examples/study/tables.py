@@ -13,6 +13,8 @@ Line = dict[str, Any]
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 # Whose weights a setting takes where none were tried in it.
 BORROWED = {"dgcnn": "pointnet", "across": "pointnet"}
+# What "fad" was in the lines that do not say which version of the library they are of.
+BROAD = {"fad": "fad-broad", **{f"fad-{n}points": f"fad-broad-{n}points" for n in (8, 16)}}
 COLUMNS = (
     "student", "accuracy, %", "seeds", "gap recovered", "corrupted, %", "information lost", "CKA",
     "s", "weights",
@@ -25,11 +27,28 @@ def path(results: Path, setting: str, split: str) -> Path:
 
 
 def read(results: Path, setting: str, split: str) -> list[Line]:
-    """All lines of a setting."""
+    """All lines of a setting, their rows as they are called today."""
     file = path(results, setting, split)
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [renamed(json.loads(line)) for line in lines if line]
+
+
+def renamed(line: Line) -> Line:
+    """A line of fad_loss 0.1, whose losses were others, by names that say so.
+
+    They are history: today's code trains other students, and weighs them otherwise.
+    """
+    if "fad_loss" in line:
+        return line
+
+    def name(part: str) -> str:
+        ours = part.startswith("fad") or part == "logit"
+        return f"{BROAD.get(part, part)} (0.1)" if ours else part
+
+    row = "+".join(map(name, line["row"].split("+")))
+    return {**line, "row": row, "weights": {name(p): w for p, w in line["weights"].items()}}
 
 
 def tried(results: Path, setting: str) -> list[Line]:
@@ -120,7 +139,8 @@ def verdicts(rows: dict[str, list[Line]]) -> list[str]:
     adversarial = {row for row in rows if "fad" in row}
     combined = {row for row in adversarial if "kd" in parts[row]}
     result = compare("FAD + KD ahead of every row without FAD", combined, rows.keys() - adversarial)
-    features = {row for row in rows if not {"alone", "kd", "logit"} & {*parts[row]}}
+    others = {"alone", "kd", "logit", "logit (0.1)"}
+    features = {row for row in rows if not others & {*parts[row]}}
     # Two discriminators are FAD still, as two layers are FitNet.
     own = {row for row in features if all(part.startswith("fad") for part in parts[row])}
     single = {row for row in features if len(parts[row]) == 1}
@@ -195,7 +215,10 @@ def weights(lines: list[Line]) -> list[str]:
     for (row, given), found in sorted(trials(lines).items(), key=_order):
         mean, _ = spread([line["accuracy"] for line in found])
         shown = f"{given}: {100 * mean:.1f}" + (f" ×{len(found)}" if len(found) > 1 else "")
-        last = [line["epochs"][-1].get("fad_accuracy") for line in found]
+        last = [
+            line["epochs"][-1].get("fad_separability", line["epochs"][-1].get("fad_accuracy"))
+            for line in found
+        ]
         told = "" if None in last else f" ({statistics.fmean(last):.2f})"
         by_row[row].append(shown + told)
     text += [f"| {row} | {'; '.join(tried)} |" for row, tried in by_row.items()]
@@ -253,7 +276,8 @@ def write(results: Path) -> int:
         "Corrupted: mean accuracy on test clouds with noise, with a missing region, turned and",
         "scaled (`CORRUPTIONS` in `examples/distill/data.py`). s: seconds of training, with other",
         "runs beside it. Weights were tried on a validation split of the training clouds, in fewer",
-        "epochs.",
+        "epochs. Rows with (0.1) are of the losses of fad_loss 0.1, which standardised and weighed",
+        "features otherwise; `fad-broad` was its default then.",
         "",
         "<!-- report -->",
         "",

@@ -154,6 +154,10 @@ def mmd(
             or what `fad_loss.ops.kernel_mean` raises.
         TypeError: see `fad_loss.ops.kernel_mean`.
 
+    Accuracy:
+        Each of the three means has that of `fad_loss.ops.kernel_mean`, so the value is off by that
+        much of their sum, not of their difference; gradients are sums, and lose nothing.
+
     Source: Gretton et al., "A kernel two-sample test", JMLR 2012.
 
     Example:

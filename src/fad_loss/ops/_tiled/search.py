@@ -5,6 +5,10 @@ rounding error of the k-th best. Distances are then recomputed from differences,
 the accuracy of the inputs, not of the product. On a CPU the set of neighbors is certain for almost
 every row, which is verified, and only the rows where it is not are looked at again; on an
 accelerator, where asking would stall the stream, every row re-ranks a short list.
+
+Several of few neighbors are not worth recomputing: on a CPU float32 is then multiplied in float64,
+which is exact enough, but for the few rows in which two distances are closer than its error, or one
+is almost 0.
 """
 
 from __future__ import annotations
@@ -38,6 +42,12 @@ ROWS = 64
 # A tile's columns are folded into 1/FOLD as many minima, which vectorises, before anyone looks for
 # an index, which does not.
 FOLD = 16
+# Up to so many columns, finding the smallest at once is faster than folding.
+FEW_COLUMNS = 256
+# Up to so many columns per neighbor, multiplying in float64 costs less than recomputing distances.
+COLUMNS_PER_NEIGHBOR = 32
+# Elements of the candidates whose distances are computed at once on a CPU: they stay in the cache.
+EXACT_TILE = 1 << 16
 
 
 def knn(
@@ -71,7 +81,7 @@ class _Buffers:
         """An uninitialized tensor, valid until the name is asked for again."""
         size = math.prod(shape)
         held = self._held.get(name)
-        if held is None or held.numel() < size:
+        if held is None or held.numel() < size or held.dtype != like.dtype:
             held = self._held[name] = like.new_empty(size)
         return held[:size].view(shape)
 
@@ -97,10 +107,15 @@ class _Search:
         self.k, self.exclude_self, self.buffers = k, exclude_self, buffers
         clouds, self.size, channels = y.shape
         self.direct = channels <= DIRECT_CHANNELS
+        self.looks = x.device.type == "cpu"
+        few = 1 < k < self.size <= COLUMNS_PER_NEIGHBOR * k
+        self.wide = few and self.looks and not self.direct and dtype == torch.float32
+        multiplied = torch.float64 if self.wide else dtype
         # In units of |x|^2 + |y|^2, a score errs by the rounding of the points (centering them) and
         # of a sum of C products. On points along the diagonal (1, ..., 1), where all products are
         # alike and round the same way, up to 3 sqrt(C) roundings were seen; on others, a fifth.
-        self.error: float = (8 + 4 * channels**0.5) * rounding_unit(self.x)
+        unit = 2.0**-53 if self.wide else rounding_unit(self.x)
+        self.error: float = (8 + 4 * channels**0.5) * unit
         # Points are added to fill the last fold; their score is infinite.
         filling = -self.size % FOLD
         if self.direct:
@@ -108,12 +123,16 @@ class _Search:
             return
         # left = (-2 x, 1) and right = (y, |y|^2): the additional channel spares a pass over the
         # tile that would add the norms.
-        center = self.y.mean(1, keepdim=True)
-        self.left = buffers.take("left", (*x.shape[:2], channels + 1), self.x)
-        self.right = buffers.take("right", (clouds, self.size + filling, channels + 1), self.y)
+        center = self.y.mean(1, keepdim=True).to(multiplied)
+        self.left = buffers.take("left", (*x.shape[:2], channels + 1), center)
+        self.right = buffers.take("right", (clouds, self.size + filling, channels + 1), center)
         left, right = self.left[..., :-1], self.right[:, : self.size, :-1]
-        torch.sub(2 * center, self.x, alpha=2, out=left)
-        torch.sub(self.y, center, out=right)
+        if self.wide:  # a difference of two dtypes would take a slower way
+            left.copy_(self.x).sub_(center).mul_(-2)
+            right.copy_(self.y).sub_(center)
+        else:
+            torch.sub(2 * center, self.x, alpha=2, out=left)
+            torch.sub(self.y, center, out=right)
         self.left[..., -1] = 1
         norms = torch.linalg.vector_norm(right, dim=-1).square_()
         self.right[:, : self.size, -1] = norms
@@ -122,7 +141,8 @@ class _Search:
             self.right[:, self.size :, -1] = torch.inf
         # Twice the error of a score: what lies further than this behind cannot come first. Products
         # of tiny numbers underflow: an error that does not shrink with them.
-        self.slack = torch.linalg.vector_norm(left, dim=-1).square_().div_(4)
+        self.norms = torch.linalg.vector_norm(left, dim=-1).square_().div_(4)
+        self.slack = self.norms.clone()
         self.slack.add_(norms.amax(1, keepdim=True)).mul_(2 * self.error)
         self.slack.add_(torch.finfo(dtype).tiny)
 
@@ -132,19 +152,47 @@ class _Search:
         tile = _tile_size(self.x) // (clouds * self.size)
         for rows in steps(count, max(tile, ROWS)):
             scores = self._scores(rows)
+            if self.wide:
+                self._settle(scores, rows, distance, index)
+                continue
             best = _fold_minimum(scores) if self.k == 1 else _smallest(scores, self.k)
             last = best.score[..., -1]
             limit = last + (last * (2 * self.error) if self.direct else self.slack[:, rows])
-            if self.x.device.type == "cpu":
+            if self.looks:
                 self._accept(best, rows, distance[:, rows], index[:, rows])
                 cloud, row = (best.following <= limit).nonzero(as_tuple=True)
             else:
                 cloud = torch.arange(clouds, device=limit.device).repeat_interleave(limit.shape[1])
                 row = torch.arange(limit.shape[1], device=limit.device).repeat(clouds)
             if len(row):
-                score = scores[cloud, row, : self.size]
-                possible = (score <= limit[cloud, row].unsqueeze(-1)) & (score < torch.inf)
+                score, bound = scores[cloud, row, : self.size], limit[cloud, row].unsqueeze(-1)
+                possible = (score <= bound) & (score < torch.inf)
                 self._resolve(cloud, row + rows.start, possible, distance, index)
+
+    def _settle(self, scores: Tensor, rows: slice, distance: Tensor, index: Tensor) -> None:
+        """Take the neighbors by scores in float64, and look again at rows that they do not settle.
+
+        Distances are rounded to float32. Those that the error of a score could change by more are
+        recomputed; where two neighbors could change places, all of the row is.
+        """
+        score, order = scores.topk(self.k + 1, dim=-1, largest=False, sorted=True)
+        norms, slack = self.norms[:, rows, None], self.slack[:, rows, None]
+        exact = (score + norms).clamp_(min=0)
+        d = exact.to(distance.dtype)
+        limit = score[..., -2] + slack[..., 0]
+        doubtful = (score.diff(dim=-1) <= slack) | (d[..., 1:] <= d[..., :-1])
+        doubtful &= score[..., :-1] < torch.inf  # a point's own comes last, and is none
+        distance[:, rows], index[:, rows] = d[..., :-1], order[..., :-1]
+        cloud, row, place = (exact[..., :-1] * 2.0**-23 <= slack).nonzero(as_tuple=True)
+        if len(cloud):
+            at = order[cloud, row, place]
+            difference = self.x[:, rows][cloud, row] - self.y[cloud, at.clamp(max=self.size - 1)]
+            distance[:, rows][cloud, row, place] = difference.square_().sum(-1)
+        cloud, row = doubtful.any(-1).nonzero(as_tuple=True)
+        if len(row):
+            score, bound = scores[cloud, row, : self.size], limit[cloud, row].unsqueeze(-1)
+            possible = (score <= bound) & (score < torch.inf)
+            self._resolve(cloud, row + rows.start, possible, distance, index)
 
     def _scores(self, rows: slice) -> Tensor:
         """The scores of some rows against all columns (b, r, m), and against the added ones."""
@@ -167,9 +215,12 @@ class _Search:
         y = self.y.reshape(-1, channels)
         chosen = index.clamp(max=self.size - 1).add_(cloud.unsqueeze(-1) * self.size)
         distance = x.new_empty(index.shape)
-        for part in steps(len(x), _tile_size(x) // (width * channels)):
-            candidates = y.index_select(0, chosen[part].view(-1)).view(-1, width, channels)
-            distance[part] = candidates.sub_(x[part].unsqueeze(1)).square_().sum(-1)
+        tile = EXACT_TILE if self.looks else _tile_size(x)
+        for part in steps(len(x), tile // (width * channels)):
+            at = chosen[part].view(-1)
+            buffer = self.buffers.take("candidates", (len(at), channels), x)
+            candidates = torch.index_select(y, 0, at, out=buffer).view(-1, width, channels)
+            torch.sum(candidates.sub_(x[part].unsqueeze(1)).square_(), -1, out=distance[part])
         return distance.masked_fill_(index >= self.size, torch.inf)
 
     def _accept(self, best: _Screened, rows: slice, distance: Tensor, index: Tensor) -> None:
@@ -199,7 +250,7 @@ class _Search:
             d, candidates = torch.cat([best_d, d], -1), torch.cat([best_index, candidates], -1)
             _write(d, candidates, self.k, best_d, best_index)
             remaining.scatter_(-1, candidates[:, self.k :].clamp(max=self.size - 1), self.size)
-            if x.device.type != "cpu" or not (remaining < self.size).any():
+            if not self.looks or not (remaining < self.size).any():
                 break
         distance[cloud, row], index[cloud, row] = best_d, best_index
 
@@ -238,6 +289,11 @@ def _smallest(scores: Tensor, k: int) -> _Screened:
 
 def _fold_minimum(scores: Tensor) -> _Screened:
     """The smallest of each row, and the one that follows, by folding columns over each other."""
+    if scores.shape[-1] <= FEW_COLUMNS and scores.device.type == "cpu":
+        score, index = scores.min(-1, keepdim=True)
+        following = scores.scatter_(-1, index, torch.inf).amin(-1)
+        scores.scatter_(-1, index, score)
+        return _Screened(score, index, following)
     folds = torch.unflatten(scores, -1, (FOLD, -1))
     folded = folds.amin(-2)
     score, place = folded.min(-1, keepdim=True)
