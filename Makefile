@@ -84,7 +84,7 @@ distclean: clean
 
 # What was installed is stamped, so that only the first call, or a change of the requirements, pays.
 EXTRAS_examples := examples
-EXTRAS_dev := dev,examples
+EXTRAS_dev := dev,examples,scans
 EXTRAS_docs := docs
 EXTRAS_site := dev,docs,site
 EXTRAS_benchmarks := benchmarks,examples

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ trimesh = pytest.importorskip("trimesh")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from distill import catalog, data, readers, shapes  # noqa: E402
+from distill import catalog, data, files, readers, shapes  # noqa: E402
 
 
 def clouds(count=10, points=16, seed=0):
@@ -338,6 +340,305 @@ def test_paths_that_are_not_data(tmp_path):
     broken.write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(data.DataError, match=r"not a readable .npz file"):
         readers.read(broken)
+
+
+# ------------------------------------------------------------- what was read as something else
+
+
+def refused(path, *parts, **options):
+    """The one line that says why."""
+    with pytest.raises(data.DataError) as caught:
+        readers.read(path, points=8, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+def resampled(folder):
+    """In the layout of modelnet40_normal_resampled: coordinates and normals, split by lists."""
+    names = {"train": [], "test": []}
+    for kind in ("bed", "night_stand"):
+        (folder / kind).mkdir()
+        for number in range(1, 6):
+            name = f"{kind}_{number:04d}"
+            cloud = np.random.default_rng(number).normal(size=(20, 6))
+            np.savetxt(folder / kind / f"{name}.txt", cloud, delimiter=",")
+            names["test" if number < 4 else "train"].append(name)
+    for split, listed in names.items():
+        (folder / f"modelnet40_{split}.txt").write_text("\n".join(listed) + "\n")
+        (folder / f"modelnet10_{split}.txt").write_text(listed[0] + "\n")
+    (folder / "modelnet40_shape_names.txt").write_text("bed\nnight_stand\n")
+
+
+def test_lists_are_the_splits(tmp_path):
+    resampled(tmp_path)
+    read = readers.read(tmp_path, points=20)
+    assert read.classes == ["bed", "night_stand"]
+    # Whichever file: the first three of each class are for testing, as the lists say.
+    assert (read.train.labels.tolist(), read.test.labels.tolist()) == (
+        [0, 0, 1, 1],
+        [0] * 3 + [1] * 3,
+    )
+    cloud = np.loadtxt(tmp_path / "bed" / "bed_0001.txt", delimiter=",")[:, :3]
+    wanted = np.sort(data.normalize(cloud), axis=0)
+    assert np.sort(read.test.points[0].numpy(), axis=0) == pytest.approx(wanted, abs=1e-6)
+    assert read.notes == ()
+    np.savetxt(tmp_path / "bed" / "bed_0009.txt", cloud)
+    assert readers.read(tmp_path, points=20).notes == (f"{tmp_path}: 1 files in no list left out",)
+    (tmp_path / "bed" / "bed_0002.txt").unlink()
+    refused(tmp_path, str(tmp_path), "1 names of the lists have no file, bed_0002")
+
+
+@pytest.mark.parametrize("kind", ["npy", "xyz", "npz", "h5"])
+def test_georeferenced_coordinates_are_centred_before_they_are_rounded(tmp_path, kind):
+    small = 0.125 * clouds(4, 64).astype(np.float64)
+    utm = small + np.array([512_345.678, 5_432_109.876, 312.5])
+    path = tmp_path / f"all.{kind}"
+    if kind == "npz":
+        np.savez(path, points=utm, labels=labels(4), n_train=2)
+    elif kind == "h5":
+        for split, part in (("training", utm[:2]), ("test", utm[2:])):
+            path = tmp_path / f"{split}_all.h5"
+            with h5py.File(path, "w") as file:
+                file["data"], file["label"] = part, labels(2)
+    else:
+        for split, part in (("train", utm[:2]), ("test", utm[2:])):
+            for number, cloud in enumerate(part):
+                folder = tmp_path / split / "ab"[number]
+                folder.mkdir(parents=True, exist_ok=True)
+                if kind == "npy":
+                    np.save(folder / "1.npy", cloud)
+                else:
+                    np.savetxt(folder / "1.xyz", cloud, fmt="%.9f")
+        path = tmp_path
+    read = readers.read(path, points=64)
+    found = np.sort(torch.cat([read.train.points, read.test.points]).numpy(), axis=1)
+    assert found == pytest.approx(np.sort(data.normalize(small), axis=1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "array, parts",
+    [
+        (np.zeros((3, 50)), ["(3, 50)", "transpose"]),
+        (np.ones((9, 3), dtype=complex), ["complex128", "real numbers"]),
+        (np.array([["a", "b", "c"]]), ["real numbers"]),
+        (np.float64(1), ["shape ()"]),
+        (np.ones((9, 2)), ["(9, 2)"]),
+        (np.full((9, 3), np.inf), ["NaN or infinity"]),
+    ],
+)
+def test_npy_that_does_not_fit(tmp_path, array, parts):
+    write_cloud(tmp_path / "a" / "0.ply")
+    np.save(tmp_path / "a" / "1.npy", array)
+    refused(tmp_path, str(tmp_path / "a" / "1.npy"), *parts)
+
+
+def header(shape, descr="<f4"):
+    """A .npy file of a header alone, which claims what is not there."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("claimed", [10**6, 10**12])
+def test_headers_that_claim_more_than_there_is(tmp_path, claimed):
+    write_cloud(tmp_path / "a" / "0.ply")
+    ply = tmp_path / "a" / "1.ply"
+    properties = "".join(f"property float {axis}\n" for axis in "xyz")
+    for layout in ("ascii", "binary_little_endian"):
+        text = (
+            f"ply\nformat {layout} 1.0\nelement vertex {claimed}\n{properties}end_header\n0 0 0\n"
+        )
+        ply.write_text(text)
+        refused(tmp_path, str(ply), f"claims {claimed:,} elements")
+    ply.unlink()
+    npy = tmp_path / "a" / "1.npy"
+    npy.write_bytes(header((claimed, 3)))
+    refused(tmp_path, str(npy), "cannot be read")
+    npz = tmp_path / "big.npz"
+    with zipfile.ZipFile(npz, "w") as file:
+        file.writestr("points.npy", header((claimed, 16, 3)))
+        file.writestr("labels.npy", header((claimed,), "<i8"))
+    refused(npz, str(npz), "not a readable .npz file", "save it again")
+
+
+@pytest.mark.parametrize(
+    "arrays, parts",
+    [
+        ({"points": clouds() + 0j, "labels": labels()}, ["complex64", "convert"]),
+        ({"points": clouds().astype(str), "labels": labels()}, ["real numbers"]),
+        ({"points": clouds(), "labels": labels().astype(str)}, ["number the classes"]),
+        ({"points": clouds(), "labels": np.where(labels() > 0, 10**8, 0)}, ["label 100000000"]),
+        ({"points": clouds(), "labels": np.int64(3)}, ["expected labels to be an array"]),
+        ({"points": np.float32(3), "labels": labels()}, ["expected points to be an array"]),
+        ({"points": clouds().swapaxes(1, 2), "labels": labels()}, ["(8, 3, 16)", "transpose"]),
+        ({"points": clouds(), "labels": labels(), "n_train": "two"}, ["n_train", "one integer"]),
+        ({"points": np.array([{}], dtype=object), "labels": labels(1)}, ["not a readable .npz"]),
+        (
+            {"points": clouds()[0], "labels": labels(2), "lengths": [8, 9]},
+            ["sum to 17"],
+        ),
+        ({"points": clouds()[0], "labels": labels(2), "lengths": [16, 0]}, ["at least 1"]),
+        ({"points": clouds()[0], "labels": labels(2), "lengths": [8.0, 8]}, ["float64"]),
+        (
+            {"points": clouds(), "labels": labels(), "lengths": [16] * 10},
+            ["(sum of the"],
+        ),
+    ],
+)
+def test_npz_of_other_things(tmp_path, arrays, parts):
+    path = tmp_path / "wrong.npz"
+    np.savez(path, **arrays)
+    refused(path, str(path), *parts)
+
+
+def test_files_of_unknown_type_are_counted(tmp_path):
+    for name in ("a", "b"):
+        for number in range(2):
+            write_cloud(tmp_path / name / f"{number}.ply")
+    (tmp_path / "a" / "view.jpg").write_bytes(b"")
+    (tmp_path / "b" / "notes.md").write_text("hello")
+    read = readers.read(tmp_path, points=8)
+    assert read.notes == (f"{tmp_path}: 2 files of unknown type left out",)
+    assert read.validation(0.5).notes == read.to("cpu").notes == read.notes
+
+
+def test_clouds_of_unequal_size(tmp_path):
+    lengths = np.array([3, 40, 8, 100, 16, 5, 9, 30, 50, 7])
+    parts = [clouds(1, n, seed=n)[0] + n for n in lengths]
+    path = tmp_path / "scans.npz"
+    np.savez(path, points=np.concatenate(parts), lengths=lengths, labels=labels(), n_train=4)
+    read = readers.read(path, points=16)
+    assert (read.train.points.shape, read.test.points.shape) == ((4, 16, 3), (6, 16, 3))
+    # The eighth cloud of all: what is drawn of it is of it, up to what normalising does.
+    drawn, whole = read.test.points[3].double(), torch.from_numpy(parts[7]).double()
+    distances = torch.cdist(drawn, drawn) / torch.cdist(drawn, drawn).max()
+    near = torch.cdist(whole, whole)
+    ratios = (distances[0, 1:] / distances[0, 1]).sort().values
+    assert any(
+        all((row / row[j] - r).abs().min() < 1e-4 for r in ratios)
+        for row in near
+        for j in row.nonzero()
+    )
+
+
+# ------------------------------------------------------------------- what was refused needlessly
+
+
+ROWS = "1 2 3\n4 5 6\n7 8 10\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ROWS,
+        "x y z\n" + ROWS,
+        "3\n" + ROWS,  # .pts files begin with the number of points
+        "3\nx y z\n" + ROWS,
+        "# a comment\n// another\n" + ROWS,
+        ROWS.replace("6\n", "6 # the second\n").replace("10\n", "10 // last\n"),
+        "\ufeff" + ROWS,
+        "\ufeffx,y,z\n" + ROWS.replace(" ", ","),
+        ROWS.replace(" ", ";"),
+        ROWS.replace(" ", ",0;").replace("\n", ",0\n"),  # decimal commas
+        ROWS.replace(" ", " , ").replace("\n", "\r\n\r\n"),
+        ROWS.replace("\n", " 255 255 255 red\n"),
+    ],
+)
+def test_text_clouds(tmp_path, text):
+    path = tmp_path / "1.xyz"
+    path.write_bytes(text.encode())
+    found = files.sample(path, 3)
+    assert found[found[:, 0].argsort()].tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 10]]
+    assert found.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("a\nb\nc\n" + ROWS, "line 3"),
+        (ROWS + "total 3\n", "line 4: expected three numbers, got 'total 3'"),
+        ("# nothing\n", "found none"),
+        (ROWS + "1 2\n", "line 4"),
+    ],
+)
+def test_text_that_is_no_cloud(tmp_path, text, part):
+    path = tmp_path / "1.txt"
+    path.write_text(text)
+    with pytest.raises(data.DataError, match=part) as caught:
+        files.sample(path, 3)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_the_folder_above_will_do(tmp_path):
+    place = tmp_path / "h5_files" / "main_split"
+    place.mkdir(parents=True)
+    write_h5(place / "training_objectdataset.h5", 6)
+    write_h5(place / "test_objectdataset.h5", 3)
+    (tmp_path / "__MACOSX" / "main_split").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "main_split" / "training_objectdataset.h5").write_bytes(b"")
+    for source in (place, place.parent, tmp_path):
+        assert len(readers.read(source).train) == 6
+    other = tmp_path / "h5_files" / "main_split_nobg"
+    other.mkdir()
+    write_h5(other / "training_objectdataset.h5", 6)
+    refused(tmp_path, "several data sets below it", "main_split, ", "main_split_nobg")
+
+
+def test_hidden_files_and_those_of_macos_are_not_data(tmp_path):
+    for name in ("a", "b"):
+        for number in range(2):
+            write_cloud(tmp_path / name / f"{number}.ply")
+            (tmp_path / name / f"._{number}.ply").write_bytes(b"\0")
+            extra = tmp_path / "__MACOSX" / name
+            extra.mkdir(parents=True, exist_ok=True)
+            (extra / f"._{number}.ply").write_bytes(b"\0")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "a" / ".DS_Store").write_bytes(b"\0")
+    read = readers.read(tmp_path, points=8)
+    assert (read.classes, read.notes) == (["a", "b"], ())
+    assert len(read.train) + len(read.test) == 4
+
+
+@pytest.mark.parametrize("suffix", [".las", ".laz", ".pcd", ".bin", ".pcd.bin"])
+def test_scans(tmp_path, suffix):
+    cloud = np.round(clouds(1, 30)[0].astype(np.float64), 3)
+    path = tmp_path / f"1{suffix}"
+    if suffix in {".las", ".laz"}:
+        import laspy
+
+        cloud = cloud + np.array([512_345, 5_432_109, 300])
+        made = laspy.create()
+        made.header.scales, made.header.offsets = [0.001] * 3, [512_000, 5_432_000, 0]
+        made.x, made.y, made.z = cloud.T
+        made.write(path)
+    elif suffix == ".pcd":
+        from pypcd4 import PointCloud
+
+        PointCloud.from_xyz_points(cloud.astype(np.float32)).save(path)
+    else:
+        columns = np.ones((30, 1 if suffix == ".bin" else 2))
+        np.hstack([cloud, columns]).astype("<f4").tofile(path)
+    found = files.sample(path, 30)
+    order, wanted = found[:, 0].argsort(), cloud[:, 0].argsort()
+    assert found[order] == pytest.approx(cloud[wanted], abs=1e-6)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(data.DataError) as caught:
+        files.sample(path, 30)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "laspy", None)
+    path = tmp_path / "1.las"
+    path.write_bytes(b"LASF")
+    with pytest.raises(data.DataError, match=r"need laspy; pip install 'fad-loss\[scans\]'"):
+        files.sample(path, 3)
 
 
 # --------------------------------------------------------------------------------- corruptions

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,13 @@ from distill import (  # noqa: E402
     methods,
     networks,
     report,
+    storage,
     training,
     views,
 )
 
 ARCHITECTURES = list(networks.ARCHITECTURES)
+DESCRIPTION = {"arch": "pointnet", "width": 0.1, "classes": 3}
 TINY = ["--points", "16", "--epochs", "2", "--teacher-epochs", "2", "--compress", "20"]
 
 
@@ -363,7 +368,7 @@ def train(folder, method, watch, discriminator="teacher"):
     if method != "none":
         objective = methods.Distilled(student, teacher, method, discriminator=discriminator)
     settings = training.Settings(epochs=3, points=16, batch_size=8, jitter=0.01, rotate=True)
-    run = training.Run(folder, method, {}, settings)
+    run = training.Run(folder, method, DESCRIPTION, settings)
     training.fit(student, objective, clouds, run, watch)
     return run
 
@@ -378,7 +383,7 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path, method, discrim
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", method, Silent(stop), discriminator)
     parts = train(tmp_path / "parts", method, Silent(), discriminator)
-    first, second = (training.load_checkpoint(run.path) for run in (whole, parts))
+    first, second = (storage.load_checkpoint(run.path) for run in (whole, parts))
     for part in ("network", "loss"):
         assert first[part].keys() == second[part].keys()
         for name, value in first[part].items():
@@ -388,7 +393,112 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(tmp_path, method, discrim
         assert {**record, "seconds": 0} == {**again, "seconds": 0}
     lines = parts.path.with_suffix(".jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
-    assert not list(tmp_path.rglob("*.partial"))
+    assert {path.suffix for path in tmp_path.rglob("*.*")} == {".pt", ".jsonl"}
+    assert not list(tmp_path.rglob(".*"))
+
+
+def saved(folder, method="none"):
+    """The run of a training that is over."""
+    return train(folder, method, Silent())
+
+
+def test_runs_in_one_folder_do_not_write_to_the_same_file(tmp_path):
+    path = tmp_path / "shared.pt"
+    content = [torch.full((20_000,), float(i)) for i in range(4)]
+
+    def many(i):
+        for _ in range(25):
+            storage.save(path, content[i])
+            found = torch.load(path)
+            assert (found == found[0]).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(many, range(4)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_flipped_byte_is_refused_or_does_not_matter(tmp_path):
+    path = saved(tmp_path).path
+    whole = path.read_bytes()
+    wanted = storage.load_checkpoint(path)
+    refused = []
+    random = np.random.default_rng(0)
+    # Anywhere, and in the headers at the end.
+    places = [*random.integers(len(whole), size=60), *range(len(whole) - 400, len(whole), 7)]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            found = storage.load_checkpoint(path)
+        except data.DataError as error:
+            refused.append(str(error))
+        else:
+            for part in ("network", "loss"):
+                for name, value in wanted[part].items():
+                    assert torch.equal(found[part][name], value), (place, name)
+            assert found["history"] == wanted["history"]
+    assert len(refused) > len(places) / 3
+    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in refused)
+
+
+@pytest.mark.parametrize("missing", ["loss", "optimizer", "network", "history", "description"])
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path, missing):
+    run = saved(tmp_path)
+    state = torch.load(run.path)
+    del state[missing]
+    storage.save(run.path, state)
+    with pytest.raises(data.DataError, match=r"has no|not a checkpoint of this example"):
+        saved(tmp_path)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path):
+    run = saved(tmp_path)
+    state = torch.load(run.path)
+    state["network"].popitem()
+    storage.save(run.path, state)
+    with pytest.raises(data.DataError, match=r"does not fit \(.*\); remove it to train anew"):
+        saved(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("when", ["open", "sync", "rename"])
+def test_a_full_disk_or_a_read_only_folder_loses_nothing(tmp_path, monkeypatch, number, when):
+    path = tmp_path / "kept.pt"
+    storage.save(path, {"a": 1})
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    target = {
+        "open": (storage.tempfile, "NamedTemporaryFile"),
+        "sync": (storage.os, "fsync"),
+        "rename": (Path, "replace"),
+    }[when]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        with pytest.raises(data.DataError) as caught:
+            storage.save(path, {"a": 2})
+    assert str(caught.value).startswith(f"{path}: cannot be written ({os.strerror(number)}); ")
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_stops_with_one_line_on_a_full_disk(clouds, tmp_path, capsys, monkeypatch):
+    command = ["--data", str(clouds), "--output", str(tmp_path), *TINY, "--only", "teacher"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        assert experiment.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("distill: error: ")
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert experiment.main(command) == 0
 
 
 def test_checkpoints_are_named_by_what_decides_the_result(tmp_path):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from distill import data, networks  # noqa: E402
 from distill.options import parse  # noqa: E402
-from distill.training import load_checkpoint  # noqa: E402
+from distill.storage import load_checkpoint  # noqa: E402
 from study import gradients, study, tables  # noqa: E402
 
 

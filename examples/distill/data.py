@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,9 +43,11 @@ class Dataset:
     train: Clouds
     test: Clouds
     classes: list[str]
+    notes: tuple[str, ...] = ()
+    """What was left out, to be shown."""
 
     def to(self, device: torch.device) -> Dataset:
-        return Dataset(self.name, self.train.to(device), self.test.to(device), self.classes)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def validation(self, share: float = 0.1) -> Dataset:
         """The training split alone, a share of every class held out in place of the test split.
@@ -56,7 +58,7 @@ class Dataset:
         index = torch.from_numpy(held)
         name = f"{self.name} (validation)"
         train, test = self.train.select(~index), self.train.select(index)
-        return Dataset(name, train, test, self.classes)
+        return replace(self, name=name, train=train, test=test)
 
     def fingerprint(self) -> str:
         """A digest of every point and label: results are cached under it."""
@@ -83,11 +85,15 @@ def held_out(labels: np.ndarray, share: float) -> np.ndarray:
 
 
 def normalize(points: np.ndarray) -> np.ndarray:
-    """Centre clouds ``(..., P, 3)`` on their bounding boxes and scale them into the unit ball."""
+    """Centre clouds ``(..., P, 3)`` on their bounding boxes and scale them into the unit ball.
+
+    In float64: in float32, an object at georeferenced coordinates is a single point.
+    """
+    points = points.astype(np.float64)
     low, high = points.min(axis=-2, keepdims=True), points.max(axis=-2, keepdims=True)
     centered = points - (low + high) / 2
     radius = np.sqrt((centered**2).sum(axis=-1).max(axis=-1))[..., None, None]
-    return (centered / np.maximum(radius, 1e-12)).astype(np.float32)
+    return (centered / np.where(radius > 0, radius, 1)).astype(np.float32)
 
 
 def shuffled(points: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from distill import networks, readers, report
 from distill.data import DataError, Dataset, synthetic
 from distill.methods import Distilled, Network, Supervised, of_discriminator, title
 from distill.options import parse
-from distill.training import Run, Settings, fit, load_checkpoint
+from distill.storage import load_checkpoint, save, write
+from distill.training import Run, Settings, fit
 from distill.views import Views
 from fad_loss import FeatureAdversarialLoss
 
@@ -93,6 +93,8 @@ class Experiment:
             data = load_data(options)
             self.fingerprint = data.fingerprint()
             self.data = data.to(self.device)
+        for note in data.notes:
+            console.print(note, highlight=False, soft_wrap=True)
         self.rows: list[report.Row] = []
         self.histories: dict[str, list[dict[str, float]]] = {}
         self.screen = report.Screen(console)
@@ -158,7 +160,11 @@ class Experiment:
             )
             raise DataError(message)
         network = self.build(description["arch"], description["width"])
-        network.load_state_dict(state["network"])
+        try:
+            network.load_state_dict(state["network"])
+        except RuntimeError as error:
+            message = f"{path}: the weights are not those of a {description['arch']}"
+            raise DataError(message) from error
         run = Run(path.parent, path.stem, description, self.settings(1), state["history"])
         row = self.add_row("teacher", run, network)
         row.checkpoint = str(path)
@@ -175,9 +181,7 @@ class Experiment:
         if path.exists():
             return report.Evaluation(**torch.load(path, map_location=self.device))
         found = report.evaluate(network, self.data.test, points)
-        partial = path.with_suffix(f".{os.getpid()}")
-        torch.save(vars(found), partial)
-        partial.replace(path)
+        save(path, vars(found))
         return found
 
     def views(self, teacher: Network) -> Views | None:
@@ -255,7 +259,7 @@ class Experiment:
             options=chosen,
         )
         path = options.output / "results.json"
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(path, (json.dumps(content, indent=2) + "\n").encode())
         places = f"plot: {options.output / 'curves.png'}\nresults: {path}"
         self.console.print(places, highlight=False, soft_wrap=True)
 
@@ -284,6 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
         experiment.finish()
     except DataError as error:
         print(f"distill: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"distill: error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("distill: interrupted; the same command continues", file=sys.stderr)

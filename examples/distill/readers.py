@@ -3,16 +3,19 @@
 =================================================================  ================================
 a folder with ``ply_data_train*.h5`` and ``ply_data_test*.h5``     ModelNet40 (hdf5, 2048 points)
 a folder with ``training_*.h5`` and ``test_*.h5``, or one of them  ScanObjectNN
+a folder with ``modelnet40_train.txt`` and ``modelnet40_test.txt`` ModelNet40 (normal, resampled)
 an ``.npz`` file                                                   points and labels (`read_npz`)
-a folder of class folders, of meshes or clouds                     OFF, OBJ, PLY, STL, XYZ, NPY, ...
+a folder of class folders, of meshes or clouds                     types: `distill.files.KNOWN`
 =================================================================  ================================
 
-Whatever is wrong with them becomes a `DataError` of one line.
+The folder above one of the first two will do as well. Whatever is wrong with them becomes a
+`DataError` of one line.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from pathlib import Path
 
@@ -21,9 +24,8 @@ import torch
 from rich.progress import Progress
 
 from distill.data import Clouds, DataError, Dataset, held_out, normalize, shuffled
-
-MESHES = {".off", ".obj", ".ply", ".stl", ".glb", ".gltf"}
-TEXTS = {".xyz", ".txt", ".pts", ".csv"}
+from distill.files import KNOWN, cut, listing, sample, visible
+from distill.storage import write
 
 
 def read(source: Path, *, cache: Path | None = None, points: int = 1024) -> Dataset:
@@ -42,15 +44,25 @@ def read(source: Path, *, cache: Path | None = None, points: int = 1024) -> Data
         raise DataError(message)
     if source.is_file():
         if source.suffix == ".npz":
-            return read_npz(source)
+            return read_npz(source, points=points)
         if source.suffix in {".h5", ".hdf5"}:
             return read_scanobjectnn(source)
         message = f"{source}: expected a folder, an .npz or an .h5 file"
         raise DataError(message)
-    if list(source.glob("ply_data_*.h5")):
-        return read_modelnet(source)
-    if list(source.glob("training_*.h5")):
-        return read_scanobjectnn(source)
+    for pattern, reader in (
+        ("ply_data_*.h5", read_modelnet),
+        ("training_*.h5", read_scanobjectnn),
+    ):
+        found = [path for path in source.rglob(pattern) if visible(path, source)]
+        places = sorted({path.parent for path in found})
+        if source in places:
+            return reader(source)
+        if len(places) > 1:
+            listed = ", ".join(str(place.relative_to(source)) for place in places)
+            message = f"{source}: several data sets below it; name one of {listed}"
+            raise DataError(message)
+        if places:
+            return reader(places[0])
     return read_folder(source, cache=cache, points=points)
 
 
@@ -59,23 +71,41 @@ def dataset(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     names: list[str] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Check and normalise two splits of points ``(n, P, >= 3)`` and labels ``(n,)``."""
-    most = -1
+    most, total = -1, len(train[0]) + len(test[0]) if train[0].ndim and test[0].ndim else 0
     splits = []
     for split, (points, given) in (("training", train), ("test", test)):
         labels = np.asarray(given).reshape(-1)
         problem = ""
-        if points.ndim != 3 or points.shape[-1] < 3 or 0 in points.shape:
+        if points.ndim == 3 and points.shape[1] == 3 < points.shape[2]:
+            problem = (
+                f"expected {split} points of shape (n, P, 3), got {points.shape}; transpose them, "
+                "points.transpose(0, 2, 1)"
+            )
+        elif points.ndim != 3 or points.shape[-1] < 3 or 0 in points.shape:
             problem = f"expected {split} points of shape (n, P, 3), got {points.shape}"
+        elif points.dtype.kind not in "fiu":
+            problem = f"expected {split} points of real numbers, got {points.dtype}; convert them"
         elif len(labels) != len(points):
             problem = f"{len(points)} {split} clouds, but {len(labels)} labels"
-        elif not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        elif labels.dtype.kind not in "iu":
+            problem = (
+                f"expected {split} labels 0, 1, ..., got {labels.dtype}; number the classes, and "
+                "name them in classes"
+            )
+        elif labels.min() < 0:
             problem = f"expected {split} labels 0, 1, ..., got {labels.dtype} from {labels.min()}"
         elif not np.isfinite(points).all():
-            problem = f"{split} points hold NaN or infinity"
+            problem = f"{split} points hold NaN or infinity; leave those points out"
         elif names is not None and labels.max() >= len(names):
             problem = f"label {labels.max()} in the {split} split, but {len(names)} class names"
+        elif labels.max() >= total:
+            problem = (
+                f"label {labels.max()} in the {split} split of {total} clouds; number the classes "
+                "0, 1, ... without gaps"
+            )
         if problem:
             message = f"{source}: {problem}"
             raise DataError(message)
@@ -83,23 +113,31 @@ def dataset(
         clouds = shuffled(normalize(points[..., :3]))
         splits.append(Clouds(torch.from_numpy(clouds), torch.from_numpy(labels.astype(np.int64))))
     names = names or [str(label) for label in range(most + 1)]
-    return Dataset(source.stem, splits[0], splits[1], names)
+    return Dataset(source.stem, splits[0], splits[1], names, notes)
 
 
-def read_npz(path: Path) -> Dataset:
+def read_npz(path: Path, *, points: int = 1024) -> Dataset:
     """Read points and labels.
 
     Either ``train_points``, ``train_labels``, ``test_points`` and ``test_labels``; or ``points``
     and ``labels`` (or ``data``/``x`` and ``label``/``y``), with ``n_train`` if the first so many
-    are for training, else a fifth of each class is held out. ``deltas`` instead of points are
-    clouds coded as differences. ``classes`` names the classes.
+    are for training, else a fifth of each class is held out. With ``lengths``, the points
+    ``(sum of the lengths, 3)`` are clouds of unequal size one after the other, of which `points`
+    each are drawn. ``deltas`` instead of points are clouds coded as differences. ``classes`` names
+    the classes.
     """
+    failures = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError)
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        message = f"{path}: not a readable .npz file ({error})"
+    except (*failures, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        message = f"{path}: not a readable .npz file ({reason}); save it again with numpy.savez"
         raise DataError(message) from error
+    flat = [key for key, array in arrays.items() if key != "n_train" and not array.ndim]
+    if flat:
+        message = f"{path}: expected {flat[0]} to be an array, got a single value; save the arrays"
+        raise DataError(message)
     names = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
     if "train_points" in arrays:
         needed = ("train_points", "train_labels", "test_points", "test_labels")
@@ -107,24 +145,45 @@ def read_npz(path: Path) -> Dataset:
         if missing:
             message = f"{path}: has train_points, but no {', '.join(missing)}"
             raise DataError(message)
-        points, labels, test_points, test_labels = (arrays[key] for key in needed)
-        return dataset(path, (points, labels), (test_points, test_labels), names)
+        train, labels, test_points, test_labels = (arrays[key] for key in needed)
+        return dataset(path, (train, labels), (test_points, test_labels), names)
     labels = next((arrays[key] for key in ("labels", "label", "y") if key in arrays), None)
-    points = next((arrays[key] for key in ("points", "data", "x") if key in arrays), None)
+    clouds = next((arrays[key] for key in ("points", "data", "x") if key in arrays), None)
     if "deltas" in arrays:
-        points = from_deltas(arrays["deltas"])
-    if points is None or labels is None:
+        clouds = from_deltas(arrays["deltas"])
+    if clouds is None or labels is None:
         found = ", ".join(arrays) or "nothing"
         message = f"{path}: expected arrays named points and labels, found {found}"
         raise DataError(message)
     labels = labels.reshape(-1)
-    if len(points) != len(labels):
-        message = f"{path}: {len(points)} clouds, but {len(labels)} labels"
+    if "lengths" in arrays:
+        clouds = _ragged(path, clouds, arrays["lengths"], points)
+    if len(clouds) != len(labels):
+        message = f"{path}: {len(clouds)} clouds, but {len(labels)} labels"
         raise DataError(message)
     test = held_out(labels, 0.2)
     if "n_train" in arrays:
-        test = np.arange(len(labels)) >= int(arrays["n_train"])
-    return dataset(path, (points[~test], labels[~test]), (points[test], labels[test]), names)
+        count = arrays["n_train"]
+        if count.size != 1 or count.dtype.kind not in "iu":
+            message = f"{path}: expected n_train to be one integer, got {count.dtype} {count.shape}"
+            raise DataError(message)
+        test = np.arange(len(labels)) >= int(count.reshape(()))
+    return dataset(path, (clouds[~test], labels[~test]), (clouds[test], labels[test]), names)
+
+
+def _ragged(path: Path, points: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
+    """Clouds of equal size from clouds of unequal size."""
+    problem = ""
+    if points.ndim != 2 or points.shape[1] < 3 or points.dtype.kind not in "fiu":
+        problem = f"expected points (sum of the lengths, 3), got {points.dtype} {points.shape}"
+    elif lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not (lengths > 0).all():
+        problem = f"expected lengths (n,) of at least 1, got {lengths.dtype} {lengths.shape}"
+    elif sum(lengths.tolist()) != len(points):
+        problem = f"the lengths sum to {sum(lengths.tolist())}, but there are {len(points)} points"
+    if problem:
+        message = f"{path}: {problem}; save points, lengths and labels of the same clouds"
+        raise DataError(message)
+    return cut(points, lengths, count)
 
 
 def from_deltas(deltas: np.ndarray) -> np.ndarray:
@@ -144,8 +203,8 @@ def _read_h5(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         try:
             with h5py.File(path, "r") as file:
                 label = file["label"][:].reshape(-1).astype(np.int64)
-                return file["data"][:].astype(np.float32), label
-        except (OSError, KeyError, ValueError, AttributeError) as error:
+                return np.asarray(file["data"]), label
+        except (OSError, KeyError, ValueError, AttributeError, TypeError, MemoryError) as error:
             message = f"{path}: not a readable h5 file with data and label ({error})"
             raise DataError(message) from error
 
@@ -189,86 +248,94 @@ def read_scanobjectnn(source: Path) -> Dataset:
     return dataset(train, _read_h5([train]), _read_h5([test]))
 
 
-def _files(folder: Path) -> list[Path]:
-    known = MESHES | TEXTS | {".npy"}
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+def _lists(folder: Path) -> dict[str, bool]:
+    """Of the names in ``*_train.txt`` and ``*_test.txt``, whether each is for testing.
+
+    ModelNet's release has lists for 10 and for 40 classes: those of most names are taken.
+    """
+    found: list[dict[str, bool]] = []
+    for train in sorted(folder.glob("*_train.txt")):
+        test = train.with_name(train.name.replace("_train.txt", "_test.txt"))
+        if test.is_file() and visible(train, folder):
+            texts = [file.read_text(encoding="utf-8-sig").split() for file in (train, test)]
+            found.append({n: bool(tested) for tested, names in enumerate(texts) for n in names})
+    return max(found, key=len, default={})
 
 
 def read_folder(folder: Path, *, cache: Path | None = None, points: int = 1024) -> Dataset:
     """Class folders of meshes or clouds.
 
-    ``class/train/`` and ``class/test/`` (as ModelNet40 comes) or ``train/class/`` and
-    ``test/class/`` are the splits; without either, a fifth of each class is held out.
+    ``class/train/`` and ``class/test/`` (as ModelNet40 comes), ``train/class/`` and ``test/class/``
+    or lists of names (``modelnet40_train.txt`` and ``modelnet40_test.txt``) are the splits; without
+    any, a fifth of each class is held out.
     """
-    top = sorted(path for path in folder.iterdir() if path.is_dir())
+    top = sorted(path for path in folder.iterdir() if path.is_dir() and visible(path, folder))
     by_split = {path.name: path for path in top if path.name in {"train", "test"}}
     if len(by_split) == 2:
         top = [path for split in by_split.values() for path in split.iterdir() if path.is_dir()]
-    names = sorted({path.name for path in top})
-    files, labels, tested = [], [], []
+        top = [path for path in top if visible(path, folder)]
+    lists = _lists(folder)
+    files: list[Path] = []
+    owners, tested, unknown, unlisted = [], [], 0, 0
     for place in sorted(top):
-        for path in _files(place):
+        known, others = listing(place)
+        unknown += others
+        for path in known:
+            if lists and path.stem not in lists:
+                unlisted += 1
+                continue
             files.append(path)
-            labels.append(names.index(place.name))
-            tested.append({"train": 0, "test": 1}.get(_split_of(path, folder), -1))
+            owners.append(place.name)
+            split = {"train": 0, "test": 1}.get(_split_of(path, folder), -1)
+            tested.append(int(lists[path.stem]) if lists else split)
     if not files:
-        known = ", ".join(sorted(MESHES | TEXTS | {".npy"}))
-        message = f"{folder}: no class folders with files of a known type ({known}), and no h5"
+        message = (
+            f"{folder}: no class folders with files of a known type ({', '.join(sorted(KNOWN))}), "
+            "and no h5; expected folder/class/file"
+        )
         raise DataError(message)
-    stamp = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(repr((points, stamp)).encode()).hexdigest()[:12]
-    kept = cache / f"clouds-{digest}.npz" if cache else None
-    if kept is not None and kept.is_file():
-        with np.load(kept) as file:
-            clouds = file["points"]
-    else:
-        with Progress(transient=True) as progress:
-            shown = progress.track(files, description=f"reading {folder.name}")
-            clouds = np.stack([_sample(path, points) for path in shown])
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(kept, points=clouds)
-    label, split = np.array(labels), np.array(tested)
+    absent = sorted(lists.keys() - {path.stem for path in files})
+    if absent:
+        message = (
+            f"{folder}: {len(absent)} names of the lists have no file, {absent[0]} for one; take a "
+            "whole copy, or take the names out"
+        )
+        raise DataError(message)
+    names = sorted(set(owners))
+    label, split = np.array([names.index(owner) for owner in owners]), np.array(tested)
     test = split == 1 if (split >= 0).all() else held_out(label, 0.2)
     if test.all() or not test.any():
         message = f"{folder}: all files are in one split; expected both train and test"
         raise DataError(message)
-    return dataset(folder, (clouds[~test], label[~test]), (clouds[test], label[test]), names)
+    clouds = _sampled(files, folder.name, cache, points)
+    notes = [
+        f"{folder}: {count} {kind} left out"
+        for count, kind in ((unknown, "files of unknown type"), (unlisted, "files in no list"))
+        if count
+    ]
+    train, rest = (clouds[~test], label[~test]), (clouds[test], label[test])
+    return dataset(folder, train, rest, names, tuple(notes))
+
+
+def _sampled(files: list[Path], name: str, cache: Path | None, points: int) -> np.ndarray:
+    """So many points of every file; kept in the cache, for meshes take minutes."""
+    stamp = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(repr(("float64", points, stamp)).encode()).hexdigest()[:12]
+    kept = cache / f"clouds-{digest}.npz" if cache else None
+    if kept is not None and kept.is_file():
+        with np.load(kept) as file:
+            return file["points"]
+    with Progress(transient=True) as progress:
+        shown = progress.track(files, description=f"reading {name}")
+        # Centred before they are rounded.
+        clouds = np.stack([normalize(sample(path, points)) for path in shown])
+    if kept is not None:
+        buffer = io.BytesIO()
+        np.savez(buffer, points=clouds)
+        write(kept, buffer.getvalue())
+    return clouds
 
 
 def _split_of(path: Path, folder: Path) -> str:
     parts = path.relative_to(folder).parts[:-1]
     return next((part for part in parts if part in {"train", "test"}), "")
-
-
-def _sample(path: Path, count: int) -> np.ndarray:
-    """`count` points of the surface of a mesh, or of a cloud."""
-    random = np.random.default_rng(0)
-    try:
-        if path.suffix.lower() == ".npy":
-            points = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in TEXTS:
-            text = path.read_text(encoding="utf-8").replace(",", " ")
-            points = np.array([line.split()[:3] for line in text.splitlines() if line.strip()])
-            points = points.astype(np.float32)
-        else:
-            import trimesh  # noqa: PLC0415
-
-            mesh = trimesh.load(path, process=False)
-            if isinstance(mesh, trimesh.Scene):
-                mesh = mesh.to_geometry()
-            if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces):
-                drawn, _ = trimesh.sample.sample_surface(mesh, count, seed=0)
-                points = np.asarray(drawn)
-            else:
-                points = np.asarray(mesh.vertices)
-    except Exception as error:
-        message = f"{path}: cannot be read ({type(error).__name__}: {error})"
-        raise DataError(message) from error
-    if points.ndim != 2 or points.shape[1] < 3 or not len(points) or not np.isfinite(points).all():
-        message = f"{path}: expected finite points (n, 3), got an array of shape {points.shape}"
-        raise DataError(message)
-    index = random.permutation(len(points))[:count]
-    if len(index) < count:
-        index = np.concatenate([index, random.integers(len(points), size=count - len(index))])
-    return points[index, :3].astype(np.float32)

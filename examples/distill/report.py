@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from distill.data import CORRUPTIONS, Clouds, corrupted
 from distill.methods import Network
+from distill.storage import write
 from distill.training import Record, accuracy
 from fad_loss import capture_features, metrics
 
@@ -202,7 +204,7 @@ def plot(path: Path, histories: dict[str, list[Record]], title: str) -> None:
         below.set(ylabel="discriminator's score", xlabel="epoch")
         below.legend()
         below.grid(alpha=0.3)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write(path, drawn.getvalue())
     plt.close(figure)

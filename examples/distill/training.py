@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.data import Clouds, DataError, Dataset, augment, subsample
+from distill.storage import load_checkpoint, save, write
 
 Record: TypeAlias = dict[str, float]
 
@@ -102,35 +102,11 @@ class Run:
         return sum(record["seconds"] for record in self.history)
 
     def save(self, **parts: Any) -> None:
-        """Write checkpoint and log such that an interruption leaves the old or the new behind."""
+        """Write checkpoint and log; see `storage.write`."""
         description = {"description": self.description, "settings": asdict(self.settings)}
-        partial = self.path.with_suffix(".partial")
-        torch.save({"format": 1, **description, "history": self.history, **parts}, partial)
-        partial.replace(self.path)
+        save(self.path, {"format": 1, **description, "history": self.history, **parts})
         lines = "".join(json.dumps(record) + "\n" for record in self.history)
-        partial.write_text(lines, encoding="utf-8")
-        partial.replace(self.path.with_suffix(".jsonl"))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that this example wrote.
-
-    Raises:
-        DataError: there is none, or it is something else.
-    """
-    if not path.is_file():
-        message = f"{path}: no such checkpoint"
-        raise DataError(message)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        message = f"{path}: not a readable checkpoint ({reason[0]})"
-        raise DataError(message) from error
-    if not isinstance(state, dict) or not {"description", "network", "history"} <= state.keys():
-        message = f"{path}: not a checkpoint of this example (expected description and network)"
-        raise DataError(message)
-    return state
+        write(self.path.with_suffix(".jsonl"), lines.encode())
 
 
 def batches(labels: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -182,11 +158,16 @@ def fit(
         trained.parameters(), 1.0, weight_decay=settings.weight_decay, fused=device.type != "mps"
     )
     if run.path.exists():
-        state = load_checkpoint(run.path)
+        state = load_checkpoint(run.path, "loss", "optimizer")
+        try:
+            network.load_state_dict(state["network"])
+            objective.load_state_dict(state["loss"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            message = f"{run.path}: does not fit ({reason}); remove it to train anew"
+            raise DataError(message) from error
         run.history = state["history"]
-        network.load_state_dict(state["network"])
-        objective.load_state_dict(state["loss"])
-        optimizer.load_state_dict(state["optimizer"])
     run.folder.mkdir(parents=True, exist_ok=True)
     batch_size = min(settings.batch_size, len(data.train))
     steps = len(data.train) // batch_size

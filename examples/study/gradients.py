@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from distill import networks, readers
 from distill.data import Clouds, Dataset, synthetic
 from distill.methods import METHODS, Distilled, Network, Seen, teach
-from distill.training import load_checkpoint
+from distill.storage import load_checkpoint
 from study.study import RESULTS, commit
 
 DISCRIMINATORS = ("teacher", "paired", "match")
