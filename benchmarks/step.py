@@ -29,16 +29,14 @@ from distill import networks
 from fad_loss import FeatureAdversarialLoss, capture_features
 from measure import RESULTS, context, interleave, save
 
-Network = networks.PointNet | networks.DGCNN
-
 CLASSES = 40
 WITHOUT = "without"
 ALONE = "student alone"
 
 
 def training_step(
-    teacher: Network | None,
-    student: Network,
+    teacher: networks.Network | None,
+    student: networks.Network,
     fad: FeatureAdversarialLoss | None,
     points: torch.Tensor,
     labels: torch.Tensor,

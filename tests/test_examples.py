@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from fad_loss import FeatureAdversarialLoss, HeadDiscriminator
+from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, capture_features, interpolate
 
 pytest.importorskip("matplotlib")
 
@@ -29,6 +29,7 @@ from distill import (  # noqa: E402
     networks,
     report,
     storage,
+    terms,
     training,
     views,
 )
@@ -67,7 +68,7 @@ def teacher(clouds, tmp_path_factory):
 # ------------------------------------------------------------------------------------ networks
 
 
-@pytest.mark.parametrize("arch, millions", [("pointnet", 3.5), ("dgcnn", 1.8)])
+@pytest.mark.parametrize("arch, millions", [("pointnet", 3.5), ("pointnet2", 1.47), ("dgcnn", 1.8)])
 def test_networks_have_their_published_size(arch, millions):
     size = networks.parameters(networks.build(arch, 40))
     assert size / 1e6 == pytest.approx(millions, abs=0.05)
@@ -93,9 +94,70 @@ def test_networks_do_not_see_the_order_of_points(arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_distilled_layer_has_a_feature_per_point(arch):
     network = networks.build(arch, 5, 0.25)
-    with methods.capture_features(network, network.layer) as features:
+    with capture_features(network, [network.layer, network.places]) as features:
         assert network(torch.randn(2, 30, 3)).shape == (2, 5)
-        assert features[network.layer].shape == (2, 30, network.channels)
+        count = 7 if network.samples else 30
+        assert features[network.layer].shape == (2, count, network.channels)
+        assert features[network.places].shape == (2, count, 3)
+
+
+def test_sampled_points_are_farthest_from_each_other_and_of_the_cloud():
+    points = torch.randn(3, 40, 3, dtype=torch.float64)
+    index = networks.farthest_points(points, 12, random=False)
+    assert all(len(set(row.tolist())) == 12 for row in index)
+    for cloud, row in zip(points, index, strict=True):
+        distance = torch.cdist(cloud, cloud)
+        assert row[0] == (cloud - cloud.mean(0)).norm(dim=-1).argmax()
+        for k in range(1, 12):
+            assert row[k] == distance[:, row[:k]].amin(1).argmax()
+    starts = {networks.farthest_points(points, 1, random=True)[0].item() for _ in range(20)}
+    assert len(starts) > 5
+
+
+def test_set_abstraction_is_a_small_pointnet_for_every_group():
+    layer = networks.SetAbstraction([5, 6, 7], 2, 100, 4).double().eval()
+    positions = torch.randn(2, 10, 3, dtype=torch.float64)
+    features = torch.randn(2, 10, 5, dtype=torch.float64)
+    centers, found = layer(positions, features)
+    assert centers.shape == (2, 5, 3)
+    for b in range(2):
+        for i, center in enumerate(centers[b]):
+            near = (positions[b] - center).norm(dim=-1).topk(4, largest=False).indices
+            group = torch.cat([positions[b, near] - center, features[b, near]], dim=-1)
+            torch.testing.assert_close(found[b, i], layer.layers(group).amax(0))
+
+
+@pytest.mark.parametrize("archs", [("pointnet2", "pointnet2"), ("pointnet", "pointnet2")])
+@pytest.mark.parametrize("method", ["fad", "fitnet"])
+def test_networks_that_sample_are_compared_by_position(archs, method):
+    student, teacher = (networks.build(arch, 3, 0.1) for arch in archs)
+    objective = methods.Distilled(student, teacher, method)
+    points, labels = torch.randn(4, 24, 3), torch.tensor([0, 1, 2, 0])
+    step = objective(points, labels)
+    step.loss.backward()
+    assert all(p.grad.isfinite().all() for p in student.parameters())
+    known = methods.teach(teacher, points)
+    with methods.watch(student.eval()) as features:
+        asked = objective.eval()(points, labels)
+        mine = methods.seen(student, features)
+    if method == "fad":
+        wanted = objective.terms["fad"](
+            mine.points, known.points, positions=(mine.positions, known.positions)
+        )
+    else:
+        matched = interpolate(known.points, known.positions, mine.positions)
+        wanted = objective.weights["fitnet"] * objective.terms["fitnet"](mine.points, matched)
+    torch.testing.assert_close(asked.distillation, wanted)
+    torch.testing.assert_close(objective(points, labels, known).distillation, wanted)
+
+
+@pytest.mark.parametrize("discriminator", ["paired", "cloud", "match"])
+def test_every_discriminator_takes_networks_that_sample(discriminator):
+    student, teacher = networks.build("pointnet2", 3, 0.1), networks.build("pointnet2", 3, 0.2)
+    objective = methods.Distilled(student, teacher, "fad", discriminator=discriminator)
+    points, labels = torch.randn(4, 24, 3), torch.tensor([0, 1, 2, 0])
+    for known in (None, methods.teach(teacher, points)):
+        assert objective(points, labels, known).loss.isfinite()
 
 
 def test_dgcnn_takes_clouds_smaller_than_its_neighborhoods():
@@ -160,7 +222,7 @@ def test_edge_conv_is_a_linear_layer_on_edges(mode):
 # ------------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS, "fad+head+kd", "mse+kd"])
+@pytest.mark.parametrize("method", [*terms.METHODS, "fad+head+kd", "mse+kd"])
 def test_every_method_teaches_the_student_and_leaves_the_teacher(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -185,7 +247,7 @@ def test_every_method_teaches_the_student_and_leaves_the_teacher(method):
 
 @pytest.mark.parametrize("method", ["mse", "fitnet", "chamfer", "energy", "mmd", "sinkhorn"])
 def test_distances_are_least_for_the_teachers_own_features(method):
-    term = methods.METHODS[method](6, 6)
+    term = terms.METHODS[method](6, 6)
     with torch.no_grad():
         term.adapter.weight.copy_(torch.eye(6))
         term.adapter.bias.zero_()
@@ -196,7 +258,7 @@ def test_distances_are_least_for_the_teachers_own_features(method):
 
 @pytest.mark.parametrize("method", ["sp", "rkd"])
 def test_relations_do_not_see_a_rotation_of_the_features(method):
-    term = methods.METHODS[method](6, 6, classes=3)
+    term = terms.METHODS[method](6, 6, classes=3)
     teacher = torch.randn(5, 6)
     rotation, _ = torch.linalg.qr(torch.randn(6, 6))
     assert term(2 * teacher @ rotation, teacher).abs() < 1e-6
@@ -204,7 +266,7 @@ def test_relations_do_not_see_a_rotation_of_the_features(method):
 
 
 def test_contrast_is_least_where_clouds_are_recognised():
-    term = methods.METHODS["crd"](6, 6, classes=3, width=6)
+    term = terms.METHODS["crd"](6, 6, classes=3, width=6)
     with torch.no_grad():
         for layer in (term.student, term.teacher):
             layer.weight.copy_(torch.eye(6))
@@ -223,7 +285,7 @@ def test_weights_are_those_of_the_study_unless_given():
             assert term.terms[name].weight == term.weights[name]
         return term.weights
 
-    best = methods.WEIGHTS
+    best = terms.WEIGHTS
     ours = FeatureAdversarialLoss(4, 4).weight
     assert ours > 1
     assert weights("fad+kd") == {"fad": ours, "kd": best["kd"]}
@@ -243,7 +305,7 @@ def test_weights_are_those_of_the_study_unless_given():
     assert weights("fad", weights={"fad": 0.0}) == {"fad": 0.0}
 
 
-@pytest.mark.parametrize("discriminator", methods.DISCRIMINATORS)
+@pytest.mark.parametrize("discriminator", terms.DISCRIMINATORS)
 def test_variants_teach_too(discriminator):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     objective = methods.Distilled(student, teacher, "fad", discriminator=discriminator)
@@ -312,8 +374,9 @@ def test_fad_is_the_loss_of_the_readme():
         assert torch.equal(term.state_dict()[name], value), name
 
 
-def test_views_hold_what_the_teacher_says(tmp_path):
-    teacher = networks.build("pointnet", 3, 0.2)
+@pytest.mark.parametrize("arch", ["pointnet", "pointnet2"])
+def test_views_hold_what_the_teacher_says(tmp_path, arch):
+    teacher = networks.build(arch, 3, 0.2)
     split = data.Clouds(torch.randn(10, 24, 3), torch.arange(10) % 3)
     settings = training.Settings(epochs=1, points=16)
     made = views.Views.make(tmp_path, {"a": "b"}, teacher, split, settings, 2)
@@ -325,6 +388,7 @@ def test_views_hold_what_the_teacher_says(tmp_path):
     torch.testing.assert_close(seen.pooled, expected.pooled)
     torch.testing.assert_close(seen.penultimate, expected.penultimate)
     torch.testing.assert_close(seen.logits, expected.logits)
+    torch.testing.assert_close(seen.positions, expected.positions)
     assert torch.equal(points, made.take(1, index)[0])  # the views come round again
     assert not torch.equal(points, made.take(0, index)[0])
 

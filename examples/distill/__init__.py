@@ -9,5 +9,5 @@ then shows a table of parameters, accuracy and information lost. Everything land
 checkpoints, a log of every epoch (JSON lines), results.json and curves.png. Interrupted, the same
 command goes on where it stopped and ends in the same result; what is finished is not trained again.
 
-The three lines that matter to your own loop are in methods.py.
+The three lines that matter to your own loop are in methods.py, the losses in terms.py.
 """

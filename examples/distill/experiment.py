@@ -18,9 +18,11 @@ from rich.progress import track
 import fad_loss
 from distill import networks, readers, report
 from distill.data import DataError, Dataset, synthetic
-from distill.methods import Distilled, Network, Supervised, of_discriminator, title
+from distill.methods import Distilled, Supervised
+from distill.networks import Network
 from distill.options import parse
 from distill.storage import load_checkpoint, save, write
+from distill.terms import of_discriminator, title
 from distill.training import Run, Settings, fit
 from distill.views import Views
 from fad_loss import FeatureAdversarialLoss

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.networks import DGCNN, PointNet
-from fad_loss import (
-    CloudDiscriminator,
-    Distiller,
-    FeatureAdversarialLoss,
-    HeadDiscriminator,
-    TeacherDiscriminator,
-    capture_features,
-    distances,
-    ops,
-)
-
-Network = PointNet | DGCNN
+from distill.networks import Network
+from distill.terms import COMPARED, METHODS, WEIGHTS, of_discriminator
+from fad_loss import Distiller, FeatureAdversarialLoss, capture_features, interpolate
 
 
 class Seen(NamedTuple):
@@ -32,17 +21,25 @@ class Seen(NamedTuple):
     pooled: Tensor  # their maximum over all points, (B, C)
     penultimate: Tensor  # what the last layer of the classifier takes, (B, C')
     logits: Tensor  # (B, classes)
+    positions: Tensor  # where the points lie, (B, N, 3)
 
 
 def watch(network: Network) -> Any:
     """Captures the features that are compared."""
-    return capture_features(network, [network.layer, network.penultimate, "classifier"])
+    layers = [network.layer, network.places, network.penultimate, "classifier"]
+    return capture_features(network, layers)
 
 
 def seen(network: Network, features: Mapping[str, Tensor]) -> Seen:
     """What `watch` saw."""
     points = features[network.layer]
-    return Seen(points, points.amax(dim=1), features[network.penultimate], features["classifier"])
+    return Seen(
+        points,
+        points.amax(dim=1),
+        features[network.penultimate],
+        features["classifier"],
+        features[network.places],
+    )
 
 
 @torch.no_grad()
@@ -106,14 +103,18 @@ def distiller(
     """
     options |= of_discriminator(discriminator, teacher.channels)
     weight = next(student.parameters())
+    loss = FeatureAdversarialLoss(student.channels, teacher.channels, **options)
+    # Where the points of one are not those of the other, it says where they are.
+    places = {student.layer: (student.places, teacher.places)}
+    unlike = (student.samples or teacher.samples) and loss.discriminator.positional
     example = torch.linspace(-1, 1, 2 * 32 * 3, device=weight.device, dtype=weight.dtype)
     return Distiller(
         student,
         teacher,
-        {student.layer: teacher.layer},
+        {student.layer: (teacher.layer, loss.to(weight.device))},
         example=example.view(2, 32, 3),
         layout="bnc",
-        **options,
+        positions=places if unlike else None,
     )
 
 
@@ -156,6 +157,7 @@ class Distilled(Supervised):
         self._features = watch(student)
         self._known = watch(teacher)
         self._distiller: tuple[Distiller, ...] = ()
+        self._unlike = student.samples or teacher.samples
         self.curriculum = curriculum
         given = dict(weights or {})
         self.terms = nn.ModuleDict()
@@ -192,11 +194,21 @@ class Distilled(Supervised):
             logits = self._network[0](points)
             known = teach(self._teacher[0], points) if known is None else known
         student = seen(self._network[0], self._features)
-        student = student._replace(points=student.points[:, : known.points.shape[1]])
+        places, matched = None, known.points
+        if self._unlike:
+            places = student.positions, known.positions
+            if "fitnet" in self.terms:
+                matched = interpolate(known.points, places[1], places[0])
+        else:
+            student = student._replace(points=student.points[:, : known.points.shape[1]])
         for name, term in self.terms.items():
             if name not in found:
                 what = COMPARED.get(name, "points")
-                found[name] = term(getattr(student, what), getattr(known, what))
+                pair = getattr(student, what), getattr(known, what)
+                if name == "fitnet":
+                    pair = student.points, matched
+                positional = name == "fad" and places and term.discriminator.positional
+                found[name] = term(*pair, positions=places) if positional else term(*pair)
             if not isinstance(term, FeatureAdversarialLoss):
                 found[name] = self.weights[name] * found[name]
         task = self.task(logits, labels)
@@ -212,231 +224,3 @@ class Distilled(Supervised):
         names = ("student_loss", "discriminator_loss", "real_score", "fake_score", "separability")
         values = self.terms["fad"].statistics()
         return {f"fad_{name}": values[name] for name in names}
-
-
-class KnowledgeDistillation(nn.Module):
-    """Divergence from the teacher's softened class probabilities (Hinton et al., 2015).
-
-    A teacher trained with smoothed labels says little about wrong classes, and softening makes
-    noise of it (Müller et al., 2019): the temperature is 1 unless said otherwise.
-    """
-
-    def __init__(self, *_: int, temperature: float = 1.0, **__: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        guess = F.log_softmax(student / self.temperature, dim=-1)
-        target = F.log_softmax(teacher / self.temperature, dim=-1)
-        divergence = F.kl_div(guess, target, reduction="batchmean", log_target=True)
-        return self.temperature**2 * divergence
-
-
-class LogitDiscriminator(nn.Module):
-    """A discriminator that learns to tell the networks' logits apart, as in PointKAD.
-
-    Zhang et al., "PointKAD: adversarial knowledge distillation for point clouds".
-    """
-
-    def __init__(self, *_: int, classes: int, **__: float) -> None:
-        super().__init__()
-        self.fad = FeatureAdversarialLoss(
-            classes,
-            classes,
-            discriminator=CloudDiscriminator(classes),
-            adapter="identity",
-            weight=1.0,
-        )
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        # One "point" per cloud: its logits.
-        return self.fad(student.unsqueeze(1), teacher.unsqueeze(1))
-
-
-class Matched(nn.Module):
-    """A distance between the student's adapted features and the teacher's.
-
-    Both are standardised by the mean and the spread of the teacher's features in the batch.
-    """
-
-    def __init__(self, student_channels: int, teacher_channels: int, **_: int) -> None:
-        super().__init__()
-        self.adapter = nn.Linear(student_channels, teacher_channels)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(teacher.flatten(0, -2), dim=0)
-        scale = torch.rsqrt(variance + 0.01 * variance.mean() + 1e-12)
-        return self.distance((self.adapter(student) - mean) * scale, (teacher - mean) * scale)
-
-    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class SquaredError(Matched):
-    """FitNet (Romero et al., 2015): squared error of the features."""
-
-    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.mse_loss(student, teacher)
-
-
-class SimilarityPreserving(nn.Module):
-    """Which clouds of a batch are alike, for the student and the teacher (Tung and Mori, 2019)."""
-
-    def __init__(self, *_: int, **__: int) -> None:
-        super().__init__()
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours, theirs = (self.similarity(features) for features in (student, teacher))
-        return len(student) * F.mse_loss(ours, theirs)
-
-    @staticmethod
-    def similarity(features: Tensor) -> Tensor:
-        return F.normalize(features @ features.mT, dim=1)
-
-
-class Relational(nn.Module):
-    """RKD (Park et al., 2019): distances and angles between the clouds of a batch."""
-
-    def __init__(self, *_: int, **__: int) -> None:
-        super().__init__()
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        distance = F.smooth_l1_loss(self.lengths(student), self.lengths(teacher))
-        return distance + 2 * F.smooth_l1_loss(self.angles(student), self.angles(teacher))
-
-    @staticmethod
-    def lengths(pooled: Tensor) -> Tensor:
-        lengths = F.pdist(pooled)
-        return lengths / lengths.mean().clamp_min(1e-12)
-
-    @staticmethod
-    def angles(pooled: Tensor) -> Tensor:
-        edges = F.normalize(pooled.unsqueeze(0) - pooled.unsqueeze(1), dim=-1)
-        return edges @ edges.mT
-
-
-class Contrastive(nn.Module):
-    """CRD (Tian et al., 2020) among the clouds of a batch: both features mapped to one space."""
-
-    def __init__(
-        self, student_channels: int, teacher_channels: int, width: int = 128, **_: int
-    ) -> None:
-        super().__init__()
-        self.student = nn.Linear(student_channels, width)
-        self.teacher = nn.Linear(teacher_channels, width)
-        self.log_temperature = nn.Parameter(torch.tensor(0.07).log())
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        ours = F.normalize(self.student(student), dim=-1)
-        theirs = F.normalize(self.teacher(teacher), dim=-1)
-        logits = ours @ theirs.mT / self.log_temperature.exp()
-        own = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
-
-
-class SetDistance(Matched):
-    """A distance between sets, over at most 64 points of each cloud (they come in random order).
-
-    Divided by the number of channels, or its root, so that the weight means the same for all.
-    """
-
-    def __init__(self, name: str, *channels: int, **_: int) -> None:
-        super().__init__(*channels)
-        self.name = name
-
-    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        x, y, channels = student[:, :64], teacher[:, :64], student.shape[-1]
-        if self.name == "chamfer":
-            return distances.chamfer(x, y) / channels
-        if self.name == "energy":
-            return distances.energy(x, y) / channels**0.5
-        if self.name == "mmd":
-            return distances.mmd(x, y, gaussians(channels))
-        plan = distances.sinkhorn(x, y, 0.1 * channels, max_iterations=10, tolerance=None)
-        return plan / channels
-
-
-def gaussians(channels: int) -> ops.Gaussian:
-    """Kernels around the distance of two standardised features."""
-    return ops.Gaussian([factor * channels**0.5 for factor in (0.5, 1.0, 2.0)])
-
-
-def judged(
-    *channels: int, head: nn.Module, weight: float | None = None, **_: Any
-) -> FeatureAdversarialLoss:
-    """FAD by the teacher's last layer: what does it make of the student's penultimate features?"""
-    discriminator = HeadDiscriminator(head, pool=None)
-    return FeatureAdversarialLoss(*channels, discriminator=discriminator, weight=weight)
-
-
-def last(*channels: int, weight: float | None = None, **_: Any) -> FeatureAdversarialLoss:
-    """FAD on penultimate features: the batch is the set, and each cloud knows its own."""
-    return FeatureAdversarialLoss(*channels, discriminator="paired", weight=weight)
-
-
-# Called with the channels of student and teacher, classes=, temperature=, head= and weight=.
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "fad": FeatureAdversarialLoss,
-    "head": judged,
-    "last": last,
-    "kd": KnowledgeDistillation,
-    "logit": LogitDiscriminator,
-    "mse": SquaredError,
-    "fitnet": SquaredError,
-    "fitnet-last": SquaredError,
-    "sp": SimilarityPreserving,
-    "rkd": Relational,
-    "crd": Contrastive,
-    **{name: partial(SetDistance, name) for name in ("chamfer", "energy", "mmd", "sinkhorn")},
-}
-# The weights that the study found best (examples/study/results/report.md); 1 for all others. FAD,
-# also that on the penultimate features, knows its own.
-WEIGHTS = {
-    "kd": 3.0, "logit": 0.03,
-    "mse": 0.03, "fitnet": 30.0, "fitnet-last": 3.0, "sp": 30.0, "rkd": 3.0, "crd": 0.3,
-    "chamfer": 30.0, "energy": 30.0, "mmd": 300.0, "sinkhorn": 30.0,
-}  # fmt: skip
-BROAD = (0.3, 1.0, 3.0)
-# Variants that have no name in the library; called with the teacher's channels.
-DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
-    "witness": lambda channels: TeacherDiscriminator(mode="witness", kernel=gaussians(channels)),
-    "energy-witness": lambda _: TeacherDiscriminator(mode="witness", kernel=ops.Energy()),
-    "embedded": lambda channels: TeacherDiscriminator(
-        bandwidths=BROAD, embedding=32, channels=channels
-    ),
-    "broad": lambda _: TeacherDiscriminator(bandwidths=BROAD),
-    "near": lambda _: TeacherDiscriminator(bandwidths=[0.1, 0.3, 1.0]),
-    "sharp": lambda _: TeacherDiscriminator(bandwidths=[0.1]),
-    "sharper": lambda _: TeacherDiscriminator(bandwidths=[0.03]),
-    "narrow": lambda _: TeacherDiscriminator(condition="point", bandwidths=[0.3]),
-    "wide": lambda _: TeacherDiscriminator(condition="point", bandwidths=[3.0]),
-}
-
-
-def of_discriminator(name: str | None, channels: int) -> dict[str, Any]:
-    """The option for a discriminator by its name here or in the library; none for the default."""
-    if name is None:
-        return {}
-    make = DISCRIMINATORS.get(name)
-    return {"discriminator": make(channels) if make else name}
-
-
-# What they are called with, if not the features of points.
-COMPARED = {
-    "kd": "logits", "logit": "logits",
-    "head": "penultimate", "last": "penultimate", "fitnet-last": "penultimate",
-    "mse": "pooled", "sp": "pooled", "rkd": "pooled", "crd": "pooled",
-}  # fmt: skip
-TITLES = {
-    "none": "alone", "fad": "FAD", "head": "the teacher's last layer",
-    "last": "FAD on penultimate features", "kd": "KD", "logit": "logit discriminator", "mse": "MSE",
-    "fitnet": "FitNet", "fitnet-last": "FitNet on penultimate features", "sp": "SP",
-    "rkd": "RKD", "crd": "CRD", "chamfer": "Chamfer", "energy": "energy distance",
-    "mmd": "MMD", "sinkhorn": "Sinkhorn",
-}  # fmt: skip
-
-
-def title(method: str) -> str:
-    """What to call the row of a method."""
-    names = " + ".join(TITLES[name] for name in method.split("+"))
-    return f"student {names}" if method == "none" else f"student with {names}"

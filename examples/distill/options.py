@@ -14,7 +14,7 @@ import torch
 
 import distill
 from distill import networks
-from distill.methods import DISCRIMINATORS, METHODS
+from distill.terms import DISCRIMINATORS, METHODS
 from fad_loss import FeatureAdversarialLoss
 
 

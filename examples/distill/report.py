@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.data import CORRUPTIONS, Clouds, corrupted
-from distill.methods import Network
+from distill.networks import Network
 from distill.storage import write
 from distill.training import Record, accuracy
 from fad_loss import capture_features, metrics

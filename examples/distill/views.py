@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from distill.data import Clouds, augment, subsample
-from distill.methods import Network, Seen, teach
+from distill.methods import Seen, teach
+from distill.networks import Network
 from distill.training import Settings
 
 # Features are kept of so many points of a view; the logits and the pooled features are of all.
@@ -65,7 +66,8 @@ class Views:
         progress: Callable[[range], Iterable[int]] = iter,
     ) -> Views:
         """Those in `cache` if they are there, else new ones; `key` says what they depend on."""
-        kept = min(KEPT, settings.points)
+        teacher.eval()
+        kept = min(KEPT, teach(teacher, clouds.points[:2, : settings.points]).points.shape[1])
         augmented = {"jitter": settings.jitter, "rotate": settings.rotate}
         sizes = {"points": settings.points, "views": count, "kept": kept}
         everything = {**key, **augmented, **sizes, "arrays": ARRAYS}
@@ -81,6 +83,7 @@ class Views:
                 "pooled": (np.float32, (teacher.channels,)),
                 "penultimate": (np.float32, (teacher.classifier[-1].in_features,)),
                 "logits": (np.float32, (teacher.classes,)),
+                "positions": (np.float32, (kept, 3)),
             }
             arrays = {
                 name: np.lib.format.open_memmap(
@@ -88,7 +91,6 @@ class Views:
                 )
                 for name, (dtype, shape) in shapes.items()
             }
-            teacher.eval()
             for view in progress(range(count)):
                 generator = torch.Generator(device).manual_seed(view)
                 for start in range(0, len(clouds), BATCH):
@@ -96,7 +98,9 @@ class Views:
                     points = subsample(clouds.points[part], settings.points, generator)
                     points = augment(points, generator, **augmented)
                     known = teach(teacher, points)
-                    known = known._replace(points=known.points[:, :kept])
+                    known = known._replace(
+                        points=known.points[:, :kept], positions=known.positions[:, :kept]
+                    )
                     for name, found in zip(ARRAYS, (points, *known), strict=True):
                         arrays[name][view, part] = found.cpu()
             for array in arrays.values():

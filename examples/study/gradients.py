@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from distill import networks, readers
 from distill.data import Clouds, Dataset, synthetic
-from distill.methods import METHODS, Distilled, Network, Seen, teach
+from distill.methods import Distilled, Seen, teach
+from distill.networks import Network
 from distill.storage import load_checkpoint
+from distill.terms import METHODS
 from study.study import RESULTS, commit
 
 DISCRIMINATORS = ("teacher", "paired", "match")
@@ -51,7 +53,7 @@ class Bench:
         self.student, self.teacher = student, teacher.requires_grad_(False)
         # Up to the layer that is distilled: the classifier learns from the task alone.
         modules = dict(student.named_children())
-        shared = list(modules)[: list(modules).index(student.layer) + 1]
+        shared = list(modules)[: list(modules).index(student.layer.split("[")[0]) + 1]
         self.parameters = [p for name in shared for p in modules[name].parameters()]
         order = torch.randperm(len(clouds), generator=torch.Generator().manual_seed(0))
         self.batches = [
