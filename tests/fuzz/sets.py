@@ -107,7 +107,7 @@ def sinkhorn(data) -> None:
     if problem.x.dtype in {torch.float16, torch.bfloat16}:
         return
     size = typical(problem.x, problem.y)
-    epsilon = size * data.draw(st.sampled_from([0.02, 0.1, 1.0, 100.0]))
+    epsilon = max(size * data.draw(st.sampled_from([0.02, 0.1, 1.0, 100.0])), 1e-17)
     options = {"max_iterations": 20, "tolerance": None, "reduction": "none"}
     x, y = problem.given(problem.x, 0), problem.given(problem.y, 1)
     got = distances.sinkhorn(x, y, epsilon, **options)
