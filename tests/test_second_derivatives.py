@@ -100,7 +100,7 @@ def test_scores_and_their_penalty(name, form):
 def test_the_loss(discriminator, objective):
     """The student's term by the student's features; in evaluation, so that nothing drifts."""
     torch.manual_seed(0)
-    options = {"objective": objective, "adapter": "identity", "weight": 1.0}
+    options = {"objective": objective, "adapter": "identity", "weight": 1.0, "warmup_steps": 0}
     fad = FeatureAdversarialLoss(3, 3, discriminator=discriminator, **options).double()
     student, teacher = (torch.randn(2, n, 3, dtype=torch.float64) for n in (5, 6))
     fad(student.requires_grad_(), teacher)

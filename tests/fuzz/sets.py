@@ -141,7 +141,7 @@ def _near(got: Tensor, want: Tensor | float, what: str, tolerance: float = 1e-6)
 
 
 def similarity(data) -> None:
-    """cka, neighbor_agreement and knowledge_lost of rows, at any scale."""
+    """cka, neighbor_agreement and information_lost of rows, at any scale."""
     x, y, _ = _rows(data, 4)
     n = len(x)
     a, b = (t / t.abs().amax().clamp_min(1e-300) for t in (x, y))
@@ -159,7 +159,7 @@ def similarity(data) -> None:
     # Ties and near ties may go either way.
     _near(metrics.neighbor_agreement(x, y, k), shared / (n * k), "agreement", 2.01 / (n * k))
     _near(metrics.neighbor_agreement(x, x, k), 1.0, "agreement of x with itself")
-    lost = float(metrics.knowledge_lost(x, y))
+    lost = float(metrics.information_lost(x, y))
     best, energy = 1.0, float(torch.linalg.svdvals(a).max() ** 2)
     for exponent in range(-6, 3):
         total = error = 0.0
@@ -172,7 +172,7 @@ def similarity(data) -> None:
             error += float((b[i] - qm - (a[i] - pm) @ fit).square().sum())
             total += float((b[i] - qm).square().sum())
         best = min(best, error / total)
-    assert 0 <= lost <= best + 1e-4, f"knowledge_lost: {lost}, at most {best}"
+    assert 0 <= lost <= best + 1e-4, f"information_lost: {lost}, at most {best}"
 
 
 def metric_of_sets(data) -> None:
