@@ -172,7 +172,8 @@ def narrow_offsets(ttir: str) -> int:
     are small.
     """
     added = re.findall(r"tt\.addptr %\S+, %(\S+) : !tt\.ptr<b?f\d+>, i32", ttir)
-    return sum(not re.fullmatch(r"c\d+_i32(_\d+)?", name) for name in added)
+    constants = set(re.findall(r"%(\S+) = arith\.constant", ttir))
+    return sum(name not in constants for name in added)
 
 
 def describe(function: Any, arguments: dict[str, Any], architecture: int) -> dict[str, Any]:
@@ -198,8 +199,11 @@ def problems(entry: dict[str, Any]) -> list[str]:
     if entry["shared"] > SHARED[architecture] * 1024:
         wrong.append(f"{entry['shared']} bytes of shared memory")
     multiplies = entry["format"] != "direct"
-    if multiplies and not instructions[MATRIX[architecture]]:
-        wrong.append(f"no {MATRIX[architecture]}")
+    # Small clouds have fewer rows than a warp group's instructions take.
+    few = entry["tile"]["BLOCK_ROWS"] < 64
+    matrix = "mma" if few else MATRIX[architecture]
+    if multiplies and not instructions[matrix]:
+        wrong.append(f"no {matrix}")
     # The short list's inner loop keeps tiles of a single block of channels from being pipelined.
     single = entry["channels"] <= entry["tile"]["BLOCK_CHANNELS"]
     listed = entry["function"] == "shortlist_kernel" and single
