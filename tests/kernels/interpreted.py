@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _dense, _tiled, _triton
-from fad_loss.ops._triton import kernel_sums, prepare
+from fad_loss.ops._triton import kernel_sums, prepare, small
 from fad_loss.ops._triton.launch import INTERPRETED
 
 if not INTERPRETED:
@@ -52,6 +52,12 @@ def _precision():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(params=[small.LARGEST, 0], ids=["one tile", "tiles"])
+def route(request, monkeypatch):
+    """Small clouds as small ones, and tile by tile like large ones."""
+    monkeypatch.setattr(small, "LARGEST", request.param)
+
+
 def clouds(B, N, M, C, dtype=torch.float32):
     x = (torch.randn(B, N, C) / C**0.5 + 1).to(dtype)
     y = (torch.randn(B, M, C) / C**0.5 + 1).to(dtype)
@@ -85,6 +91,7 @@ def first_and_second(function, tensors, moves):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("route")
 def test_softmin(shape):
     x, y = clouds(*shape)
     bias = torch.randn(*y.shape[:2], 2)
@@ -93,6 +100,7 @@ def test_softmin(shape):
 
 
 @pytest.mark.parametrize("dtype, precision, tolerance", FORMATS)
+@pytest.mark.usefixtures("route")
 def test_softmin_gradients(dtype, precision, tolerance):
     torch.set_float32_matmul_precision(precision)
     x, y = clouds(1, 40, 40, 50, dtype)
@@ -166,6 +174,7 @@ def test_many_temperatures_are_done_in_groups():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("C", [3, 40])
+@pytest.mark.usefixtures("route")
 def test_kernel_sum_and_its_derivatives(kernel, C):
     x, y = clouds(1, 20, 37, C)
     weights = torch.rand(1, 37)
@@ -185,6 +194,7 @@ def test_kernel_sum_and_its_derivatives(kernel, C):
 
 
 @pytest.mark.parametrize("dtype, precision, tolerance", FORMATS)
+@pytest.mark.usefixtures("route")
 def test_kernel_sum_without_weights_and_without_oneself(dtype, precision, tolerance):
     torch.set_float32_matmul_precision(precision)
     x, _ = clouds(1, 40, 1, 50, dtype)
