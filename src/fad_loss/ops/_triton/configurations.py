@@ -10,7 +10,7 @@ The choice depends on the shape only through buckets (the format, channels padde
 or a multiple of 64, and whether there are enough rows to fill the device), so a new number of
 points compiles nothing new. With FAD_LOSS_TUNE=1 the first call in a bucket times all its entries
 (`tuning.py`); without it the first entry is taken, or the one with smaller tiles if there are few
-rows.
+rows. Small clouds (`small.py`) take the entry whose columns are just enough.
 """
 
 from __future__ import annotations
