@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fad_loss.ops import _triton
-from fad_loss.ops._triton import configurations, prepare, search
+from fad_loss.ops._triton import configurations, prepare, search, small
 from fad_loss.ops._triton.configurations import entries
 from fad_loss.ops._triton.prepare import padded
 
@@ -75,7 +75,10 @@ FORMATS = {
     "half": (torch.bfloat16, "high", (64, 256)),
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
-KERNELS = ("reduce", "backward", "double_backward", "scan", "shortlist", "longlist")
+KERNELS = (
+    *("reduce", "backward", "double_backward", "small_reduce", "small_backward"),
+    *("scan", "shortlist", "longlist"),
+)
 NEIGHBORS = {"scan": 1, "shortlist": 60, "longlist": 64}
 
 
@@ -88,7 +91,7 @@ def record(
     def keep(function: Any, _: tuple[int, ...], arguments: dict[str, Any]) -> None:
         launches.append((function, arguments))
 
-    modules = (configurations, prepare, search)
+    modules = (configurations, prepare, search, small)
     saved = [module.launch for module in modules]
     before = torch.get_float32_matmul_precision()
     for module in modules:
@@ -101,10 +104,17 @@ def record(
         clouds = (True, offsets, offsets)
         epsilon = [0.3, 0.5, 0.7, 1.0]
         moves = x.to(torch.float32)
+        few = torch.empty(8, small.LARGEST, channels, dtype=dtype, device="meta")
+        some = torch.empty(8, small.LARGEST, 4, device="meta")
+        whole = (True, None, None)
         if kernel == "reduce":
             _triton.softmin(x, x, values, epsilon, *clouds)
         elif kernel == "backward":
             _triton.softmin_backward(values, x, x, values, values, epsilon, *clouds, True, True)
+        elif kernel == "small_reduce":
+            _triton.softmin(few, few, some, epsilon, *whole)
+        elif kernel == "small_backward":
+            _triton.softmin_backward(some, few, few, some, some, epsilon, *whole, True, True)
         elif kernel == "double_backward":
             _triton.softmin_double_backward(
                 moves, moves, values, values, x, x, values, values, epsilon, *clouds
@@ -162,7 +172,8 @@ def narrow_offsets(ttir: str) -> int:
     are small.
     """
     added = re.findall(r"tt\.addptr %\S+, %(\S+) : !tt\.ptr<b?f\d+>, i32", ttir)
-    return sum(not re.fullmatch(r"c\d+_i32(_\d+)?", name) for name in added)
+    constants = set(re.findall(r"%(\S+) = arith\.constant", ttir))
+    return sum(name not in constants for name in added)
 
 
 def describe(function: Any, arguments: dict[str, Any], architecture: int) -> dict[str, Any]:
@@ -188,11 +199,16 @@ def problems(entry: dict[str, Any]) -> list[str]:
     if entry["shared"] > SHARED[architecture] * 1024:
         wrong.append(f"{entry['shared']} bytes of shared memory")
     multiplies = entry["format"] != "direct"
-    if multiplies and not instructions[MATRIX[architecture]]:
-        wrong.append(f"no {MATRIX[architecture]}")
+    # Small clouds have fewer rows than a warp group's instructions take.
+    few = entry["tile"]["BLOCK_ROWS"] < 64
+    matrix = "mma" if few else MATRIX[architecture]
+    if multiplies and not instructions[matrix]:
+        wrong.append(f"no {matrix}")
     # The short list's inner loop keeps tiles of a single block of channels from being pipelined.
     single = entry["channels"] <= entry["tile"]["BLOCK_CHANNELS"]
-    pipelined = multiplies and not (entry["function"] == "shortlist_kernel" and single)
+    listed = entry["function"] == "shortlist_kernel" and single
+    # Points of small clouds are centered on their way, in registers.
+    pipelined = multiplies and not listed and not entry["function"].startswith("small_")
     if pipelined and not instructions["cp.async"]:
         wrong.append("no cp.async")
     if entry["narrow_offsets"]:

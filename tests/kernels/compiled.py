@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernels_report
 from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _triton
-from fad_loss.ops._triton import configurations, prepare, search
+from fad_loss.ops._triton import configurations, prepare, search, small
 
 
 def launches(function, *arguments):
@@ -30,6 +30,7 @@ def launches(function, *arguments):
         mock.patch.object(configurations, "launch", keep),
         mock.patch.object(prepare, "launch", keep),
         mock.patch.object(search, "launch", keep),
+        mock.patch.object(small, "launch", keep),
     ):
         function(*arguments)
     return recorded
@@ -47,11 +48,15 @@ def cases():
     epsilon = [0.1, 0.2]
     gradients = b, half, half, b, b, epsilon, *clouds, True, True
     yield launches(_triton.softmin_backward, *gradients)[-1]
+    few, some = x[:512].view(4, 128, 64), w[:512].view(4, 128)
     for kernel in (Laplacian(1.0), Energy(), InverseMultiquadric(1.0), Gaussian([1.0, 2.0, 4.0])):
         arguments = x, x, w, kernel, *clouds
         yield launches(_triton.kernel_sum, *arguments)[-1]
         yield launches(_triton.kernel_sum_backward, w, *arguments, True, True)[-1]
         yield launches(_triton.kernel_sum_double_backward, x, x, w, w, *arguments)[-1]
+        arguments = few, few, some, kernel, True, None, None
+        yield launches(_triton.kernel_sum, *arguments)[-1]
+        yield launches(_triton.kernel_sum_backward, some, *arguments, True, True)[-1]
 
 
 def main():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _dense, _tiled, _triton
-from fad_loss.ops._triton import kernel_sums, prepare
+from fad_loss.ops._triton import kernel_sums, prepare, small
 from fad_loss.ops._triton.launch import INTERPRETED
 
 if not INTERPRETED:
@@ -52,6 +52,12 @@ def _precision():
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(params=[small.LARGEST, 0], ids=["one tile", "tiles"])
+def route(request, monkeypatch):
+    """Small clouds as small ones, and tile by tile like large ones."""
+    monkeypatch.setattr(small, "LARGEST", request.param)
+
+
 def clouds(B, N, M, C, dtype=torch.float32):
     x = (torch.randn(B, N, C) / C**0.5 + 1).to(dtype)
     y = (torch.randn(B, M, C) / C**0.5 + 1).to(dtype)
@@ -85,6 +91,7 @@ def first_and_second(function, tensors, moves):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("route")
 def test_softmin(shape):
     x, y = clouds(*shape)
     bias = torch.randn(*y.shape[:2], 2)
@@ -93,6 +100,7 @@ def test_softmin(shape):
 
 
 @pytest.mark.parametrize("dtype, precision, tolerance", FORMATS)
+@pytest.mark.usefixtures("route")
 def test_softmin_gradients(dtype, precision, tolerance):
     torch.set_float32_matmul_precision(precision)
     x, y = clouds(1, 40, 40, 50, dtype)
@@ -166,6 +174,7 @@ def test_many_temperatures_are_done_in_groups():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("C", [3, 40])
+@pytest.mark.usefixtures("route")
 def test_kernel_sum_and_its_derivatives(kernel, C):
     x, y = clouds(1, 20, 37, C)
     weights = torch.rand(1, 37)
@@ -185,6 +194,7 @@ def test_kernel_sum_and_its_derivatives(kernel, C):
 
 
 @pytest.mark.parametrize("dtype, precision, tolerance", FORMATS)
+@pytest.mark.usefixtures("route")
 def test_kernel_sum_without_weights_and_without_oneself(dtype, precision, tolerance):
     torch.set_float32_matmul_precision(precision)
     x, _ = clouds(1, 40, 1, 50, dtype)
@@ -403,6 +413,52 @@ def test_an_awkward_size():
     x, y = clouds(1, 252, 507, 123)
     want = _dense.softmin(*double(x, y), None, [0.5], exclude_self=False)
     close(_triton.softmin(x, y, None, [0.5], False, None, None), want)
+
+
+# N and M around the largest that one tile holds, several tiles of rows, and rows that are few.
+AROUND = [(128, 128), (129, 128), (128, 129), (40, 128), (100, 3)]
+
+
+@pytest.mark.parametrize("N, M", AROUND, ids=str)
+@pytest.mark.parametrize("C", [3, 70])
+def test_small_clouds_and_the_first_large_ones_softmin(N, M, C):
+    x, y = clouds(2, N, M, C)
+    bias = torch.randn(2, M, 2)
+    tensors = double(x, y, bias)
+    want = _dense.softmin(*tensors, EPSILON, exclude_self=False)
+    grad = torch.randn(want.shape)
+    out = _triton.softmin(x, y, bias, EPSILON, False, None, None)
+    close(out, want)
+    wanted = torch.autograd.grad(want, tensors, grad.double())
+    got = _triton.softmin_backward(grad, x, y, bias, out, EPSILON, False, None, None, True, True)
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("N, M", [(30, 20), (129, 20)], ids=["small", "large"])
+def test_small_clouds_far_from_the_origin_kernel_sum(kernel, N, M):
+    """Centered on the mean of whichever side is the columns."""
+    x, y = (t / 4 + 30 for t in clouds(1, N, M, 40))
+    weights = torch.rand(1, M)
+    tensors = double(x, y, weights)
+    want = _dense.kernel_sum(*tensors, kernel, exclude_self=False)
+    arguments = x, y, weights, kernel, False, None, None
+    close(_triton.kernel_sum(*arguments), want, 1e-5)
+    grad = torch.randn(want.shape)
+    wanted = torch.autograd.grad(want, tensors, grad.double())
+    got = _triton.kernel_sum_backward(grad, *arguments, True, True)
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b, 2e-5)
+
+
+def test_one_of_many_clouds_with_nan_does_not_spoil_the_others():
+    x, y = clouds(3, 20, 30, 24)
+    clean = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    y[1, 4, 3] = torch.nan
+    out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    assert torch.equal(out[[0, 2]], clean[[0, 2]])
+    assert out[1].isnan().all()
 
 
 def test_views_and_repetition():

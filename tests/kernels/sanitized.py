@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from fad_loss import ops
@@ -9,9 +11,10 @@ from fad_loss import ops
 
 def main() -> None:
     """Run each operation, with its derivatives, on awkward sizes."""
-    for C, dtype in ((3, torch.float32), (100, torch.float32), (64, torch.bfloat16)):
-        x = torch.randn(2, 77, C, device="cuda").to(dtype).requires_grad_()
-        y = torch.randn(2, 50, C, device="cuda").to(dtype).requires_grad_()
+    forms = ((3, torch.float32), (100, torch.float32), (64, torch.bfloat16))
+    for (C, dtype), (N, M) in product(forms, ((77, 50), (177, 150))):
+        x = torch.randn(2, N, C, device="cuda").to(dtype).requires_grad_()
+        y = torch.randn(2, M, C, device="cuda").to(dtype).requires_grad_()
         for value in (
             ops.softmin(x, y, [0.3, 1.0], backend="triton"),
             ops.kernel_mean(x, y, ops.Gaussian([0.5, 1.0]), backend="triton"),

@@ -130,11 +130,35 @@ def test_a_step_of_the_loss(monkeypatch):
         loss = FeatureAdversarialLoss(student_channels=64, teacher_channels=128)
         student = torch.randn(8, 128, 64, requires_grad=True)
         teacher = torch.randn(8, 128, 128)
-        for _ in range(3):
-            counts.clear()
-            loss(student, teacher).backward()
-        assert 0 < len(counts.launched) <= 24
+        loss(student, teacher).backward()
+        counts.clear()
+        loss(student, teacher).backward()
+        # Four densities, and the gradients of the two that the student's points stand in.
+        assert [name for name, _ in counts.launched] == [
+            *["small_reduce_kernel"] * 4,
+            *["small_backward_kernel"] * 2,
+        ]
+        # Other clouds of the same bucket, fewer and smaller ones, compile nothing.
+        loss(student[:3, :50], teacher[:3, :40]).backward()
+        assert len(counts.launched) == 12
         assert counts.compiled == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("operation", ["softmin", "kernel_mean"])
+def test_small_clouds_take_one_launch_for_each_result(form, operation, monkeypatch):
+    with stub_gpu(90, monkeypatch) as counts:
+        run(operation, *clouds(form, 2, 100, 70), "auto").sum().backward()
+        # The value, and the gradients of x and of y.
+        assert len(counts.launched) == 3
+        compiled = len(counts.compiled)
+        for N, M in ((128, 128), (65, 127), (96, 96)):
+            run(operation, *clouds(form, 5, N, M), "auto").sum().backward()
+        assert len(counts.launched) == 12
+        assert len(counts.compiled) == compiled
+        counts.clear()
+        run(operation, *clouds(form, 2, 129, 70), "auto")
+        assert len(counts.launched) > 1
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])

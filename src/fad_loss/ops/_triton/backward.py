@@ -12,8 +12,6 @@ once for the distances and once for the product, or once in all where they fit o
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
-# Tuples grow in unrolled loops.
-# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ from fad_loss.ops._triton.tiles import (
     rounded,
     squared_distances,
 )
-from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros_each
-
-# ruff: noqa: C901, PLR0912, PLR0915, RUF005, because a kernel is one function that cannot unpack
+from fad_loss.ops._triton.weights import load_each, weigh, zeros_each
 
 
 @triton.jit
@@ -161,33 +157,23 @@ def backward_kernel(
             number = j + tl.arange(0, BLOCK_COLUMNS)
             d = tl.where(own_number[:, None] == number[None, :], float("inf"), d)
         scales = load_each(column_scale, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
-        new_extras = ()
-        if SOFTMIN:
-            shifts = load_each(column_shift, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
-            weights = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-            for e in tl.static_range(VALUES):
-                p = probability(
-                    d,
-                    row_shifts[e],
-                    shifts[e],
-                    rates[e],
-                    row_shift is not None,
-                    column_shift is not None,
-                )
-                if row_scale is not None:
-                    p *= row_scales[e][:, None]
-                if column_scale is not None:
-                    p *= scales[e][None, :]
-                weights += p
-                if extra is not None:
-                    new_extras = new_extras + (extras[e] - tl.sum(p, 1),)
-        else:
-            value, weights, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
-            if column_scale is not None:
-                weights *= scales[0][None, :]
-                value *= scales[0][None, :]
-            if extra is not None:
-                new_extras = (extras[0] + tl.sum(value, 1),)
+        weights, new_extras = weigh(
+            d,
+            row_shifts,
+            load_each(column_shift, at, remaining, VALUES, BLOCK_COLUMNS, 0.0),
+            row_scales,
+            scales,
+            extras,
+            rates,
+            FAMILY,
+            COUNT,
+            LADDER,
+            row_shift is not None,
+            column_shift is not None,
+            row_scale is not None,
+            column_scale is not None,
+            extra is not None,
+        )
         if extra is not None:
             extras = new_extras
         if gradient is not None:

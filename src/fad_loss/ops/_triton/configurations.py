@@ -10,7 +10,7 @@ The choice depends on the shape only through buckets (the format, channels padde
 or a multiple of 64, and whether there are enough rows to fill the device), so a new number of
 points compiles nothing new. With FAD_LOSS_TUNE=1 the first call in a bucket times all its entries
 (`tuning.py`); without it the first entry is taken, or the one with smaller tiles if there are few
-rows.
+rows. Small clouds (`small.py`) take the entry whose columns are just enough.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import triton
 
 from fad_loss.ops._triton.launch import INTERPRETED, launch
-from fad_loss.ops._triton.prepare import Points, schedule
+from fad_loss.ops._triton.prepare import DIRECT_CHANNELS, Format, Points, schedule
 from fad_loss.ops._triton.tuning import fastest
 
 
@@ -67,6 +67,14 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 16),),
     ("double_backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 64),),
     ("double_backward", "tf32"): (Tile(64, 32, 32, 8, 2, 128),),
+    ("small_reduce", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
+    ("small_reduce", "tf32x3"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
+    ("small_reduce", "tf32"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
+    ("small_reduce", "half"): (Tile(32, 64, 64, 4, 2), Tile(32, 128, 64, 4, 2)),
+    ("small_backward", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
+    ("small_backward", "tf32x3"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
+    ("small_backward", "tf32"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
+    ("small_backward", "half"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
     ("scan", "direct"): (Tile(64, 64, 16, 8, 2),),
     ("scan", "tf32x3"): (Tile(64, 64, 32, 8, 2),),
     ("scan", "tf32"): (Tile(64, 64, 32, 8, 3),),
@@ -114,13 +122,21 @@ def entries(name: str, form: str, major: int) -> tuple[Tile, ...]:
     return own.get((name, form)) or TABLE.get((name, form), ())
 
 
-def format_of(points: Points) -> str:
+def format_of(form: Format, channels: int) -> str:
     """The table's name for how points are multiplied."""
-    if points.direct:
+    if channels <= DIRECT_CHANNELS:
         return "direct"
-    if points.values.dtype != torch.float32:
+    if form.storage != torch.float32:
         return "half"
-    return points.format.precision
+    return form.precision
+
+
+def smallest_that_holds(
+    columns: int, name: str, form: Format, channels: int, device: torch.device
+) -> Tile:
+    """The entry with the fewest columns that are enough."""
+    tiles = entries(name, format_of(form, channels), capability(device))
+    return min((tile for tile in tiles if tile.columns >= columns), key=lambda tile: tile.columns)
 
 
 def run(
@@ -133,7 +149,7 @@ def run(
     slabs: bool = False,
 ) -> None:
     """Launch a kernel over all tiles of the rows, and slabs of channels, by the best entry."""
-    form, channels = format_of(rows), rows.values.shape[1]
+    form, channels = format_of(rows.format, rows.channels), rows.values.shape[1]
     tiles = entries(name, form, capability(rows.values.device))
 
     def start(entry: Tile) -> None:

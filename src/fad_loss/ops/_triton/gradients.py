@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fad_loss.ops._triton import small
 from fad_loss.ops._triton.backward import backward_kernel
 from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.double_backward import double_backward_kernel
-from fad_loss.ops._triton.prepare import Points, Rounding, flat, prepare, sides
+from fad_loss.ops._triton.prepare import (
+    Points,
+    Rounding,
+    flat,
+    prepare,
+    prepare_pair,
+    sides,
+)
 
 
 def gradient_like(t: Tensor, *, wanted: bool = True) -> Tensor:
@@ -44,6 +53,15 @@ def backward(
         **settings,
     }
     run("backward", backward_kernel, rows, columns, arguments, slabs=gradient is not None)
+
+
+def gradients_of(
+    x: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None
+) -> tuple[Any, Any, Callable[..., None]]:
+    """Both sides, as what fills their gradients takes them."""
+    if small.are_small(x, y, x_offsets):
+        return x, y, small.backward
+    return *prepare_pair(x, y, x_offsets, y_offsets), backward
 
 
 class Moves:

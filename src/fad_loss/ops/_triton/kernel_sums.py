@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fad_loss.ops._triton import small
 from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.gradients import Moves, backward, double_backward, gradient_like
+from fad_loss.ops._triton.gradients import Moves, double_backward, gradient_like, gradients_of
 from fad_loss.ops._triton.launch import SIZES, on_device
 from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
@@ -131,15 +132,14 @@ def kernel_sum(
 ) -> Tensor:
     """Sum over j of w_j k(d_ij)."""
     result = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    settings = {**family(kernel), "EXCLUDE_SELF": exclude_self}
+    w = None if weights is None else weights.contiguous()
     with on_device(x):
+        if small.are_small(x, y, x_offsets):
+            small.reduce(x, y, w, settings, result)
+            return result
         rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
-        arguments = {
-            **sides(rows, columns),
-            "weights": None if weights is None else weights.contiguous(),
-            "out": result,
-            **family(kernel),
-            "EXCLUDE_SELF": exclude_self,
-        }
+        arguments = {**sides(rows, columns), "weights": w, "out": result, **settings}
         run("reduce", kernel_sum_kernel, rows, columns, arguments)
     return result
 
@@ -158,17 +158,17 @@ def kernel_sum_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, y and the weights."""
     with on_device(x):
-        rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
+        rows, columns, fill = gradients_of(x, y, x_offsets, y_offsets)
         settings = {**family(kernel), "EXCLUDE_SELF": exclude_self}
         w = None if weights is None else weights.contiguous()
         g = grad.contiguous()
         dx = gradient_like(x)
-        backward(rows, columns, settings, dx, row_scale=g, column_scale=w)
+        fill(rows, columns, settings, dx, row_scale=g, column_scale=w)
         dy, dw = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
         if of_weights:
             dw = y.new_empty(y.shape[:-1], dtype=torch.float32)
         if of_y or of_weights:
-            backward(
+            fill(
                 columns,
                 rows,
                 settings,

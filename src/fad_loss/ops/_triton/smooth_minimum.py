@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fad_loss.ops._triton import small
 from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.gradients import Moves, backward, double_backward, gradient_like
+from fad_loss.ops._triton.gradients import Moves, double_backward, gradient_like, gradients_of
 from fad_loss.ops._triton.launch import SIZES, on_device
 from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
@@ -144,11 +145,15 @@ def softmin(
         ]
         return torch.cat(parts, -1)
     result = x.new_empty((*x.shape[:-1], len(epsilon)), dtype=torch.float32)
+    h = None if bias is None else bias.contiguous()
     with on_device(x):
+        if small.are_small(x, y, x_offsets):
+            small.reduce(x, y, h, settings_of(epsilon, exclude_self=exclude_self), result)
+            return result
         rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
         arguments = {
             **sides(rows, columns),
-            "bias": None if bias is None else bias.contiguous(),
+            "bias": h,
             "out": result,
             **temperatures(epsilon),
             "EXCLUDE_SELF": exclude_self,
@@ -170,6 +175,12 @@ def only(part: slice, t: Tensor | None) -> Tensor | None:
 def temperatures(epsilon: Sequence[float]) -> dict[str, Any]:
     """The arguments COUNT and rates."""
     return {"COUNT": len(epsilon), "rates": tuple(1.0 / eps for eps in epsilon)}
+
+
+def settings_of(epsilon: Sequence[float], *, exclude_self: bool) -> dict[str, Any]:
+    """softmin, to the kernels that know other reductions too."""
+    of_softmin = {"FAMILY": "softmin", "LADDER": 0, "EXCLUDE_SELF": exclude_self}
+    return {**of_softmin, **temperatures(epsilon)}
 
 
 def softmin_backward(
@@ -206,22 +217,17 @@ def softmin_backward(
         dxs, dys, dbiases = zip(*parts, strict=True)
         return summed(dxs), summed(dys), torch.cat(dbiases, -1)
     with on_device(x):
-        rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
-        settings = {
-            "FAMILY": "softmin",
-            "LADDER": 0,
-            **temperatures(epsilon),
-            "EXCLUDE_SELF": exclude_self,
-        }
+        rows, columns, fill = gradients_of(x, y, x_offsets, y_offsets)
+        settings = settings_of(epsilon, exclude_self=exclude_self)
         h = None if bias is None else bias.contiguous()
         shift, g = shift_of(out), grad.contiguous()
         dx = gradient_like(x)
-        backward(rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g)
+        fill(rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g)
         dy, dbias = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
         if of_bias:
             dbias = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
         if of_y or of_bias:
-            backward(
+            fill(
                 columns,
                 rows,
                 settings,
@@ -276,12 +282,7 @@ def softmin_double_backward(
     with on_device(x):
         rows, columns = prepare_pair(x, y, x_offsets, y_offsets, wide=True)
         of_x, of_y = Moves(rows, u), Moves(columns, v)
-        settings = {
-            "FAMILY": "softmin",
-            "LADDER": 0,
-            **temperatures(epsilon),
-            "EXCLUDE_SELF": exclude_self,
-        }
+        settings = settings_of(epsilon, exclude_self=exclude_self)
         h = None if bias is None else bias.contiguous()
         shift, g = shift_of(out), grad.contiguous()
         t = None if t is None else t.contiguous()

@@ -94,3 +94,46 @@ def probability(d, row_shift, column_shift, rate, HAS_ROW: tl.constexpr, HAS_COL
     if HAS_COLUMN:
         z += column_shift[None, :]
     return tl.exp2(z * (rate * LOG2_E))
+
+
+@triton.jit
+def weigh(
+    d,
+    row_shifts,
+    column_shifts,
+    row_scales,
+    column_scales,
+    extras,
+    rates,
+    FAMILY: tl.constexpr,
+    COUNT: tl.constexpr,
+    LADDER: tl.constexpr,
+    HAS_ROW_SHIFT: tl.constexpr,
+    HAS_COLUMN_SHIFT: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_COLUMN_SCALE: tl.constexpr,
+    EXTRA: tl.constexpr,
+):
+    """The weights dL/d(d_ij) of a tile, but for a kernel's row scales; EXTRA adds to `extras`."""
+    new_extras = ()
+    if FAMILY == "softmin":
+        weights = tl.zeros(d.shape, tl.float32)
+        for e in tl.static_range(COUNT):
+            p = probability(
+                d, row_shifts[e], column_shifts[e], rates[e], HAS_ROW_SHIFT, HAS_COLUMN_SHIFT
+            )
+            if HAS_ROW_SCALE:
+                p *= row_scales[e][:, None]
+            if HAS_COLUMN_SCALE:
+                p *= column_scales[e][None, :]
+            weights += p
+            if EXTRA:
+                new_extras = new_extras + (extras[e] - tl.sum(p, 1),)
+    else:
+        value, weights, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
+        if HAS_COLUMN_SCALE:
+            weights *= column_scales[0][None, :]
+            value *= column_scales[0][None, :]
+        if EXTRA:
+            new_extras = (extras[0] + tl.sum(value, 1),)
+    return weights, new_extras

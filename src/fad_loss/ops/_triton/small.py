@@ -1,0 +1,404 @@
+"""Small clouds in one launch: no point is prepared, because one tile holds all columns of a cloud.
+
+A program owns BLOCK_ROWS points of one cloud and sees all points of the other, at most 128, in one
+tile. So it knows their mean, and centers, rounds and multiplies the points as they come, block of
+channels by block; neither copies of the points nor their norms are written. Its gradient takes a
+second pass over the channels, with the tile of weights in registers, whatever their number. In
+training every cloud is that small, and what a step costs is the number of its launches.
+
+The numbers are those of `prepare.py`, but for the mean: gradients of y, where y's points are the
+rows, are taken relative to the mean of x. Any common shift is exact; it only has to be close.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fad_loss.ops._triton.backward import store_each, store_gradient
+from fad_loss.ops._triton.configurations import smallest_that_holds
+from fad_loss.ops._triton.launch import SIZES, launch
+from fad_loss.ops._triton.prepare import (
+    DIRECT_CHANNELS,
+    Clouds,
+    flat,
+    multiply_format,
+    padded,
+    schedule,
+)
+from fad_loss.ops._triton.tiles import locate, rounded, squared_distances, to_tf32
+from fad_loss.ops._triton.weights import LOG2_E, evaluate, load_each, weigh, zeros_each
+
+# The most columns of a tile.
+LARGEST = 128
+_STORAGE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def centered(
+    x,
+    y,
+    rows,
+    columns,
+    channel,
+    C: tl.constexpr,
+    CENTER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """BLOCK_CHANNELS channels of the rows and of all columns, as `prepare_kernel` leaves them."""
+    row = tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_COLUMNS)
+    channels = channel + tl.arange(0, BLOCK_CHANNELS)
+    present = (channels < C)[None, :]
+    inside = (column < columns)[:, None] & present
+    own = x + (row[:, None] * C + channels[None, :])
+    left = tl.load(own, (row < rows)[:, None] & present, 0.0).to(tl.float32)
+    right = tl.load(y + (column[:, None] * C + channels[None, :]), inside, 0.0).to(tl.float32)
+    if CENTER:
+        mean = tl.sum(right, 0) / tl.maximum(columns, 1).to(tl.float32)
+        left -= mean[None, :]
+        right = tl.where(inside, right - mean[None, :], 0.0)
+    if ROUNDING == "tf32":
+        left = to_tf32(left)
+        right = to_tf32(right)
+    if ROUNDING == "bf16":
+        left = left.to(tl.bfloat16).to(tl.float32)
+        right = right.to(tl.bfloat16).to(tl.float32)
+    return left.to(STORAGE), right.to(STORAGE)
+
+
+@triton.jit
+def distances(
+    x,
+    y,
+    rows,
+    columns,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    CENTER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """d_ij of a tile; +inf after the last column."""
+    a = tl.zeros((BLOCK_ROWS,), tl.float32)
+    b = tl.where(tl.arange(0, BLOCK_COLUMNS) < columns, 0.0, float("inf"))
+    if DIRECT > 0:
+        held = tl.zeros((1, 1), tl.float32)
+        d = squared_distances(
+            held,
+            x,
+            y,
+            a,
+            b,
+            rows,
+            columns,
+            C,
+            DIRECT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_CHANNELS,
+            PRECISION,
+        )
+    else:
+        s = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        for channel in range(0, CHANNELS, BLOCK_CHANNELS):
+            left, right = centered(
+                x,
+                y,
+                rows,
+                columns,
+                channel,
+                C,
+                CENTER,
+                ROUNDING,
+                STORAGE,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+            )
+            s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION)
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+            a += tl.sum(left * left, 1)
+            b += tl.sum(right * right, 1)
+        d = (a[:, None] + b[None, :]) - 2.0 * s
+        d = tl.maximum(d, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return d
+
+
+@triton.jit(do_not_specialize=SIZES)
+def small_reduce_kernel(
+    x,
+    y,
+    column_values,
+    out,
+    row_offsets,
+    column_offsets,
+    rows_each,
+    columns_each,
+    clouds,
+    search_steps,
+    rates,
+    FAMILY: tl.constexpr,
+    COUNT: tl.constexpr,
+    LADDER: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    RAGGED: tl.constexpr,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    CENTER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """`softmin_kernel` and `kernel_sum_kernel`; `column_values` are biases, or weights."""
+    _, row_start, rows, first, column_start, columns = locate(
+        tl.program_id(0),
+        row_offsets,
+        column_offsets,
+        rows_each,
+        columns_each,
+        clouds,
+        search_steps,
+        BLOCK_ROWS,
+        RAGGED,
+    )
+    begin = row_start + first
+    left = rows - first
+    d = distances(
+        x + begin * C,
+        y + column_start * C,
+        left,
+        columns,
+        C,
+        CHANNELS,
+        DIRECT,
+        CENTER,
+        ROUNDING,
+        STORAGE,
+        PRECISION,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_CHANNELS,
+    )
+    point = tl.arange(0, BLOCK_ROWS)
+    if EXCLUDE_SELF:
+        column = tl.arange(0, BLOCK_COLUMNS)
+        d = tl.where((first + point)[:, None] == column[None, :], float("inf"), d)
+    SOFTMIN: tl.constexpr = FAMILY == "softmin"
+    VALUES: tl.constexpr = COUNT if SOFTMIN else 1
+    h = load_each(column_values, column_start, columns, VALUES, BLOCK_COLUMNS, 0.0)
+    for e in tl.static_range(VALUES):
+        if SOFTMIN:
+            rate = rates[e] * LOG2_E
+            z = d * -rate
+            if column_values is not None:
+                z += (h[e] * rate)[None, :]
+            largest = tl.max(z, 1)
+            # Where there is nothing both are -inf, and their difference NaN.
+            safe = tl.where(largest == float("-inf"), 0.0, largest)
+            total = tl.sum(tl.exp2(z - safe[:, None]), 1)
+            result = -(tl.log2(total) + largest) / rate
+        else:
+            value, _first, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
+            if column_values is not None:
+                value *= h[0][None, :]
+            result = tl.sum(value, 1)
+        tl.store(out + begin * VALUES + (point * VALUES + e), result, point < left)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def small_backward_kernel(
+    row,
+    column,
+    row_shift,
+    column_shift,
+    row_scale,
+    column_scale,
+    gradient,
+    extra,
+    row_offsets,
+    column_offsets,
+    rows_each,
+    columns_each,
+    clouds,
+    search_steps,
+    rates,
+    FAMILY: tl.constexpr,
+    COUNT: tl.constexpr,
+    LADDER: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    RAGGED: tl.constexpr,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    DIRECT: tl.constexpr,
+    CENTER: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    STORAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """`backward_kernel`, with all channels in one program."""
+    _, row_start, rows, first, column_start, columns = locate(
+        tl.program_id(0),
+        row_offsets,
+        column_offsets,
+        rows_each,
+        columns_each,
+        clouds,
+        search_steps,
+        BLOCK_ROWS,
+        RAGGED,
+    )
+    begin = row_start + first
+    left = rows - first
+    x = row + begin * C
+    y = column + column_start * C
+    d = distances(
+        x,
+        y,
+        left,
+        columns,
+        C,
+        CHANNELS,
+        DIRECT,
+        CENTER,
+        ROUNDING,
+        STORAGE,
+        PRECISION,
+        BLOCK_ROWS,
+        BLOCK_COLUMNS,
+        BLOCK_CHANNELS,
+    )
+    if EXCLUDE_SELF:
+        own_number = first + tl.arange(0, BLOCK_ROWS)
+        number = tl.arange(0, BLOCK_COLUMNS)
+        d = tl.where(own_number[:, None] == number[None, :], float("inf"), d)
+    SOFTMIN: tl.constexpr = FAMILY == "softmin"
+    VALUES: tl.constexpr = COUNT if SOFTMIN else 1
+    row_scales = load_each(row_scale, begin, left, VALUES, BLOCK_ROWS, 0.0)
+    weights, extras = weigh(
+        d,
+        load_each(row_shift, begin, left, VALUES, BLOCK_ROWS, float("-inf")),
+        load_each(column_shift, column_start, columns, VALUES, BLOCK_COLUMNS, 0.0),
+        row_scales,
+        load_each(column_scale, column_start, columns, VALUES, BLOCK_COLUMNS, 0.0),
+        zeros_each(VALUES, BLOCK_ROWS),
+        rates,
+        FAMILY,
+        COUNT,
+        LADDER,
+        row_shift is not None,
+        column_shift is not None,
+        row_scale is not None,
+        column_scale is not None,
+        extra is not None,
+    )
+    if extra is not None:
+        store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)
+    if gradient is not None:
+        for channel in range(0, CHANNELS, BLOCK_CHANNELS):
+            own, points = centered(
+                x,
+                y,
+                left,
+                columns,
+                channel,
+                C,
+                CENTER,
+                ROUNDING,
+                STORAGE,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+            )
+            if points.dtype == tl.float16:
+                # The range of weights is wider than that of float16; tf32 holds both.
+                points = points.to(tl.float32)
+            multiplied = rounded(weights, points, PRECISION)
+            total = tl.dot(multiplied, points, input_precision=PRECISION)
+            sums = tl.sum(multiplied.to(tl.float32), 1)
+            result = 2.0 * (sums[:, None] * own.to(tl.float32) - total)
+            if not SOFTMIN and row_scale is not None:
+                result *= row_scales[0][:, None]
+            store_gradient(gradient, begin, left, channel, result, C, BLOCK_ROWS, BLOCK_CHANNELS)
+
+
+def are_small(x: Tensor, y: Tensor, x_offsets: Tensor | None) -> bool:
+    """Whether all clouds are; the sizes of ragged ones are not known without waiting for them."""
+    return x_offsets is None and max(x.shape[1], y.shape[1]) <= LARGEST
+
+
+def _run(name: str, kernel: Any, x: Tensor, y: Tensor, arguments: dict[str, Any]) -> None:
+    """Launch a kernel over the tiles of x's points."""
+    channels = x.shape[-1]
+    form = multiply_format(x.dtype, channels)
+    tile = smallest_that_holds(y.shape[1], name, form, channels, x.device)
+    tiles, where = schedule(Clouds.of(x, None), Clouds.of(y, None), tile.rows)
+    points = {
+        "C": channels,
+        "CHANNELS": padded(channels),
+        "DIRECT": channels if channels <= DIRECT_CHANNELS else 0,
+        "CENTER": form.center,
+        "ROUNDING": form.rounding,
+        "STORAGE": _STORAGE[form.storage],
+        "PRECISION": form.precision,
+    }
+    arguments = {**arguments, **where, **points, **tile.arguments(padded(channels))}
+    launch(kernel, (tiles,), arguments)
+
+
+def reduce(
+    x: Tensor, y: Tensor, values: Tensor | None, settings: dict[str, Any], out: Tensor
+) -> None:
+    """Fill the reduction of every point of x."""
+    arguments = {"x": flat(x), "y": flat(y), "column_values": values, "out": out, **settings}
+    _run("small_reduce", small_reduce_kernel, x, y, arguments)
+
+
+def backward(
+    rows: Tensor,
+    columns: Tensor,
+    settings: dict[str, Any],
+    gradient: Tensor | None,
+    *,
+    extra: Tensor | None = None,
+    row_shift: Tensor | None = None,
+    column_shift: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> None:
+    """Fill the gradients of what the rows have: points, and weights or biases (`extra`)."""
+    arguments = {
+        "row": flat(rows),
+        "column": flat(columns),
+        "row_shift": row_shift,
+        "column_shift": column_shift,
+        "row_scale": row_scale,
+        "column_scale": column_scale,
+        "gradient": gradient,
+        "extra": extra,
+        **settings,
+    }
+    _run("small_backward", small_backward_kernel, rows, columns, arguments)
