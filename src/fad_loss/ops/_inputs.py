@@ -188,7 +188,7 @@ def mass(pair: Pair, weights: Tensor | None, *, exclude_self: bool) -> Tensor:
     if weights is None:
         dtype = accumulation_dtype(pair.x.dtype)
         return pair.x.new_full((1, 1), max(size - int(exclude_self), 0), dtype=dtype)
-    _check_positive(weights.sum(1), torch.tensor(size == 0, device=weights.device))
+    _check_positive(weights.sum(1), weights.new_full((), size == 0, dtype=torch.bool))
     if not exclude_self or size == 0:
         return weights.sum(1, keepdim=True)
     largest = weights.detach() == weights.detach().amax(1, keepdim=True)
@@ -251,6 +251,7 @@ def bias_of(
         if look(b) and bool((b.isnan() | (b == torch.inf)).any()):
             message = "log_weights: expected finite values or -inf, got NaN or +inf"
             raise ValueError(message)
+        b = b.to(dtype)  # once, so that gradients are not rounded before they are added up
         # By numbers, one by one: a tensor made of a list would stop a GPU.
-        bias = bias + torch.stack([b.to(dtype) * eps for eps in epsilon], -1)
+        bias = bias + torch.stack([b * eps for eps in epsilon], -1)
     return bias.expand(*pair.y.shape[:-1], len(epsilon)).contiguous()
