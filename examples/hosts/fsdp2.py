@@ -8,6 +8,7 @@ saves, so that a run that is continued has the same ones as a run that never sto
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 import toy
 from fad_loss import Distiller  # fad_loss
 
+LAYERS = {"encoder": "encoder"}
 OPTIONS = {"discriminator": "paired", "balance": True, "warmup_steps": 100}  # fad_loss
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
@@ -46,10 +48,9 @@ class Sharded:
 def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:
     """Train a student, with the loss if there is a teacher."""
     data, student = toy.clouds(800), toy.PointNet(6)
-    network: nn.Module = nn.ModuleDict({"student": student})
+    network: nn.Module = nn.Sequential(OrderedDict(student=student))
     if teacher is not None:
-        example, layers = data[0][:2].to(args.device), {"encoder": "encoder"}
-        network = Distiller(student, teacher, layers, example=example, **OPTIONS)  # fad_loss
+        network = Distiller(student, teacher, LAYERS, example=data[0][:2], **OPTIONS)  # fad_loss
     network = fully_shard(network.to(args.device), mesh=args.mesh)
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)

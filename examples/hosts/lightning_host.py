@@ -15,10 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import toy
 from fad_loss import Distiller  # fad_loss
 
+LAYERS = {"encoder": "encoder"}
 OPTIONS = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
 
 
@@ -35,9 +37,9 @@ class Classifier(lightning.LightningModule):
                 student, teacher, layers, example=example, **OPTIONS
             )  # fad_loss
 
-    def train_dataloader(self) -> list[tuple[Tensor, Tensor]]:
-        """The batches of this epoch: any iterable will do."""
-        return list(toy.batches(self.data, self.current_epoch, size=16))
+    def train_dataloader(self) -> DataLoader:
+        """The batches of this epoch."""
+        return DataLoader([*toy.batches(self.data, self.current_epoch, size=16)], batch_size=None)
 
     def on_train_epoch_start(self) -> None:
         """A seed of its own for every epoch, so that a run can be continued."""
@@ -60,22 +62,16 @@ class Classifier(lightning.LightningModule):
 
 def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:
     """Train a student, with the loss if there is a teacher."""
-    student, last = toy.PointNet(6), args.folder / name / "last.ckpt"
+    student, folder = toy.PointNet(6), args.folder / name
+    keep = ModelCheckpoint(folder, save_last=True, enable_version_counter=False)
+    options = {"accumulate_grad_batches": 2, "reload_dataloaders_every_n_epochs": 1}
+    options |= {"callbacks": [keep], "logger": CSVLogger(args.folder, name, version=0)}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=args.epochs,
-        precision="bf16-mixed",
-        accumulate_grad_batches=2,
-        reload_dataloaders_every_n_epochs=1,
-        callbacks=[
-            ModelCheckpoint(args.folder / name, save_last=True, enable_version_counter=False)
-        ],
-        logger=CSVLogger(args.folder, name, version=0),
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        accelerator="cpu", max_epochs=args.epochs, precision="bf16-mixed", **options
     )
-    resumed = last if args.resume and last.exists() else None
-    trainer.fit(Classifier(student, teacher, args.epochs), ckpt_path=resumed)
+    last = str(folder / "last.ckpt") if args.resume and (folder / "last.ckpt").exists() else None
+    trainer.fit(Classifier(student, teacher, args.epochs), ckpt_path=last)
     return student
 
 

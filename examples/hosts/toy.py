@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 PRIMITIVES = 4
 CLASSES = PRIMITIVES * PRIMITIVES
+IGNORED = -1
 Clouds = tuple[Tensor, Tensor, Tensor]
 
 
@@ -58,6 +59,26 @@ def clouds(count: int, points: int = 64, seed: int = 0) -> Clouds:
         [x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos(), height], -1
     )
     return cloud + 0.03 * torch.randn(cloud.shape, generator=random), labels, parts
+
+
+def scenes(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Shapes of 30 to 64 points, each on a floor of 16: coordinates, and labels of each point."""
+    random = torch.Generator().manual_seed(seed)
+    found = []
+    for points, parts in zip(*clouds(count, seed=seed)[::2], strict=True):
+        size = int(torch.randint(30, 65, (), generator=random))
+        floor = 3 * torch.rand(16, 3, generator=random) - 1.5
+        floor[:, 2] = -1.5
+        labels = torch.cat([parts[:size], torch.full((16,), IGNORED)])
+        found.append((torch.cat([points[:size], floor]), labels))
+    return found
+
+
+def collate(chosen: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What Pointcept's collate function makes of a batch."""
+    coordinates, labels = zip(*chosen, strict=True)
+    ends = torch.tensor([len(one) for one in labels]).cumsum(0)
+    return {"coord": torch.cat(coordinates), "segment": torch.cat(labels), "offset": ends}
 
 
 def batches(data: Clouds, epoch: int, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
@@ -142,7 +163,7 @@ def epochs(args: argparse.Namespace, name: str, **parts: Any) -> Iterator[int]:
 def accuracy(network: nn.Module, data: Clouds) -> float:
     """Per cent of the clouds that are classified correctly."""
     network.eval()
-    return 100 * (network(data[0]).argmax(-1) == data[1]).float().mean().item()
+    return share(network(data[0]), data[1])
 
 
 def train_teacher(args: argparse.Namespace, network: nn.Module, data: Clouds) -> nn.Module:
@@ -168,24 +189,71 @@ def report(results: dict[str, list[float]], what: str = "accuracy") -> None:
         print(f"{name:22} {what} {sum(values) / len(values):5.1f} %   ({each})", flush=True)
 
 
-def compare(args: argparse.Namespace, train: Train) -> None:
+def compare(
+    args: argparse.Namespace,
+    train: Train,
+    *,
+    teacher: nn.Module | None = None,
+    measure: Callable[[nn.Module], float] | None = None,
+    what: str = "accuracy",
+) -> None:
     """Train a teacher, then students alone and with the loss, and print what they are worth.
 
     Args:
         args: the options.
         train: called with them, the name of the run, and the teacher or None; returns the student.
+        teacher: trained already; None trains a wide PointNet.
+        measure: what a network is worth, in per cent; None is the accuracy on clouds.
+        what: its name.
     """
-    data, test = clouds(800), clouds(1600, seed=1)
-    torch.manual_seed(100)
-    teacher = train_teacher(args, PointNet(24), data)
-    results = {"teacher": [accuracy(teacher, test)]}
+    if teacher is None:
+        torch.manual_seed(100)
+        teacher = train_teacher(args, PointNet(24), clouds(800))
+    if measure is None:
+        test = clouds(1600, seed=1)
+
+        def measure(network: nn.Module) -> float:
+            return accuracy(network, test)
+
+    results = {"teacher": [measure(teacher)]}
     for kind, guide in (("student alone", None), ("student with the loss", teacher)):
         results[kind] = []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             name = f"{'alone' if guide is None else 'with'}-{seed}"
-            results[kind].append(accuracy(train(args, name, guide), test))
-    report(results)
+            results[kind].append(measure(train(args, name, guide).eval()))
+    report(results, what)
+
+
+def duel(
+    args: argparse.Namespace,
+    fit: Callable[[argparse.Namespace, str, nn.Module, nn.Module | None], nn.Module],
+    teacher: Callable[[], nn.Module],
+    student: Callable[[], nn.Module],
+    measure: Callable[[nn.Module], float],
+    what: str = "accuracy",
+) -> None:
+    """`compare` for networks that are not PointNets: `fit` trains the teacher too."""
+    torch.manual_seed(100)
+    large = fit(args, "teacher", teacher(), None).eval().requires_grad_(False)
+
+    def train(args: argparse.Namespace, name: str, guide: nn.Module | None) -> nn.Module:
+        return fit(args, name, student(), guide)
+
+    compare(args, train, teacher=large, measure=torch.no_grad()(measure), what=what)
+
+
+def share(logits: Tensor, labels: Tensor) -> float:
+    """Per cent of the logits whose largest is that of the label."""
+    return 100 * (logits.argmax(-1) == labels).float().mean().item()
+
+
+def miou(guess: Tensor, truth: Tensor) -> float:
+    """Mean over the primitives of the intersection of guess and truth over their union."""
+    kinds = torch.arange(PRIMITIVES).unsqueeze(1)
+    mine, its = guess.flatten() == kinds, truth.flatten() == kinds
+    its_union = (mine | its)[:, truth.flatten() >= 0].sum(1)
+    return 100 * ((mine & its).sum(1) / its_union).mean().item()
 
 
 def start(options: argparse.ArgumentParser) -> argparse.Namespace:
