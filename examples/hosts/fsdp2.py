@@ -1,8 +1,7 @@
 """FSDP2: `fully_shard` around the distiller, its parameters in pieces on all ranks.
 
 On one machine, `torchrun --standalone --nproc-per-node 2 examples/hosts/fsdp2.py`; on several, as
-in ddp.py. Buffers are each rank's own under FSDP2: the loop hands out those of rank 0 before it
-saves, so that a run that is continued has the same ones as a run that never stopped.
+in ddp.py. Buffers are each rank's own under FSDP2: the loop hands out rank 0's before it saves.
 """
 
 from __future__ import annotations

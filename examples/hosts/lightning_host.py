@@ -1,7 +1,4 @@
-"""PyTorch Lightning: automatic optimization, bfloat16, accumulation, checkpoints, statistics.
-
-`Distiller` is an attribute of the module, so Lightning moves, saves and restores it.
-"""
+"""PyTorch Lightning: automatic optimization, bfloat16, accumulation, checkpoints, statistics."""
 
 from __future__ import annotations
 

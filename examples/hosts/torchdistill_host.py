@@ -30,7 +30,7 @@ def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:
     config["train_data_loader"]["sampler"]["class_or_func"] = RandomSampler
     if teacher is None:
         del config["criterion"]["kwargs"]["sub_terms"]["features"]
-    student, other = toy.PointNet(6), teacher or nn.Identity()
+    student, other = toy.PointNet(6), teacher or toy.PointNet(1)
     data, cpu = {"train": TensorDataset(points, labels)}, torch.device("cpu")
     box = DistillationBox(other, student, data, config, cpu, None, distributed=False, lr_factor=1)
     parts = {"student": student, "optimizer": box.optimizer, "decay": box.lr_scheduler}
