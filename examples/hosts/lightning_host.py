@@ -29,10 +29,8 @@ class Classifier(lightning.LightningModule):
         self.data, self.network, self.epochs = toy.clouds(800), student, epochs
         self.guided = teacher is not None
         if self.guided:
-            layers, example = {"encoder": "encoder"}, self.data[0][:2]
-            self.network = Distiller(
-                student, teacher, layers, example=example, **OPTIONS
-            )  # fad_loss
+            x = self.data[0][:2]
+            self.network = Distiller(student, teacher, LAYERS, example=x, **OPTIONS)  # fad_loss
 
     def train_dataloader(self) -> DataLoader:
         """The batches of this epoch."""

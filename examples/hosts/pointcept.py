@@ -48,10 +48,9 @@ class Segmentor(nn.Module):
         logits = self.head(features)
         loss = self.criterion(logits, target)
         if teacher is not None:
-            pair = (
-                ragged(f, offset=offset) for f in (features, teacher.backbone(scene))
-            )  # fad_loss
-            loss = loss + self.fad(*pair, mask=target != toy.IGNORED)  # fad_loss
+            its = ragged(teacher.backbone(scene), offset=offset)  # fad_loss
+            mine = ragged(features, offset=offset)  # fad_loss
+            loss = loss + self.fad(mine, its, mask=target != toy.IGNORED)  # fad_loss
         return {"seg_logits": logits, "loss": loss}
 
 

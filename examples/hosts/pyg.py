@@ -60,11 +60,10 @@ def fit(args: Namespace, name: str, network: Net, teacher: nn.Module | None) -> 
             logits, *mine = network.train()(data)
             loss = F.cross_entropy(logits, data.y)
             if teacher is not None:
-                its = teacher(data)[1:]
-                (s, ps), (t, pt) = (
-                    [ragged(v, batch=b) for v in vs] for *vs, b in (mine, its)
-                )  # fad_loss
-                loss = loss + fad(s, t, positions=(ps, pt))  # fad_loss
+                (f, p, b), (g, q, c) = mine, teacher(data)[1:]
+                s, where_s = ragged(f, batch=b), ragged(p, batch=b)  # fad_loss
+                t, where_t = ragged(g, batch=c), ragged(q, batch=c)  # fad_loss
+                loss = loss + fad(s, t, positions=(where_s, where_t))  # fad_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
