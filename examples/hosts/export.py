@@ -7,8 +7,8 @@ the latency of one cloud on one core, and the accuracy of teacher, student and w
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterable
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,15 @@ from plain import train
 
 Run = Callable[[Tensor], Tensor]
 CLOUDS = toy.clouds(800)[0]
+OPTIONS = {"dynamo": True, "external_data": False, "verbose": False}
 SOME = {"points": {0: torch.export.Dim("batch", min=1, max=4096)}}
 
 
 class Calibration(quantization.CalibrationDataReader):
     """Clouds to measure the ranges of all activations with."""
 
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self.rest = iter([{"points": batch.numpy()} for batch in batches])
+    def __init__(self) -> None:
+        self.rest = iter([{"points": batch.numpy()} for batch in CLOUDS.split(100)])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch, None at the end."""
@@ -42,36 +43,19 @@ def exported(network: nn.Module, path: Path) -> tuple[Path, Run]:
     return path, torch.export.load(path).module()
 
 
-def session(path: Path) -> Run:
+def session(path: Path) -> tuple[Path, Run]:
     """What runs an ONNX file on one core."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     run = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run
-    return lambda points: torch.from_numpy(run(None, {"points": points.numpy()})[0])
-
-
-def onnx(network: nn.Module, path: Path) -> tuple[Path, Run]:
-    """A network as ONNX."""
-    options = {"dynamo": True, "external_data": False, "verbose": False}
-    torch.onnx.export(network, (CLOUDS[:2],), path, dynamic_shapes=SOME, **options)
-    return path, session(path)
-
-
-def int8(source: Path, path: Path) -> tuple[Path, Run]:
-    """An ONNX file with 8 bits for each weight and activation."""
-    quantization.quantize_static(source, path, Calibration(CLOUDS.split(100)), per_channel=True)
-    return path, session(path)
+    return path, lambda points: torch.from_numpy(run(None, {"points": points.numpy()})[0])
 
 
 @torch.no_grad()
 def row(name: str, path: Path, run: Run, test: toy.Clouds) -> None:
     """Print what one form of a network costs and is worth."""
-    seconds = []
-    for points in test[0][:200].split(1):
-        start = time.perf_counter()
-        run(points)
-        seconds.append(time.perf_counter() - start)
-    milliseconds, kilobytes = 1e3 * statistics.median(seconds), path.stat().st_size / 1e3
+    times = timeit.repeat(lambda: run(test[0][:1]), number=1, repeat=200)
+    milliseconds, kilobytes = 1e3 * statistics.median(times), path.stat().st_size / 1e3
     worth = toy.share(run(test[0]), test[1])
     print(
         f"{name:28} {kilobytes:7.1f} kB {milliseconds:7.3f} ms   accuracy {worth:5.1f} %",
@@ -88,7 +72,9 @@ if __name__ == "__main__":
         network = toy.PointNet(width).eval()
         network.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)[key])
         forms = {"torch.export": exported(network, folder / f"{name}.pt2")}
-        forms["ONNX"] = onnx(network, folder / f"{name}.onnx")
-        forms["ONNX, int8"] = int8(forms["ONNX"][0], folder / f"{name}-int8.onnx")
+        path, small = folder / f"{name}.onnx", folder / f"{name}-int8.onnx"
+        torch.onnx.export(network, (CLOUDS[:2],), path, dynamic_shapes=SOME, **OPTIONS)
+        quantization.quantize_static(path, small, Calibration(), per_channel=True)
+        forms |= {"ONNX": session(path), "ONNX, int8": session(small)}
         for form, (path, run) in forms.items():
             row(f"{name}, {form}", path, run, toy.clouds(1600, seed=1))

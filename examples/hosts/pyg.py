@@ -19,13 +19,13 @@ from fad_loss import FeatureAdversarialLoss, ragged  # fad_loss
 
 
 def dataset(count: int, seed: int) -> list[Data]:
-    """Clouds with the graph of each point's 8 nearest."""
+    """Clouds with the graph of each point's 4 nearest."""
     random = torch.Generator().manual_seed(seed)
     graphs = []
     for points, label in zip(*toy.clouds(count, seed=seed)[:2], strict=True):
         pos = points[: int(torch.randint(40, 65, (), generator=random))]
-        near = torch.cdist(pos, pos).topk(8, largest=False).indices
-        edges = torch.stack([near.flatten(), torch.arange(len(pos)).repeat_interleave(8)])
+        near = torch.cdist(pos, pos).topk(4, largest=False).indices
+        edges = torch.stack([near.flatten(), torch.arange(len(pos)).repeat_interleave(4)])
         graphs.append(Data(pos=pos, y=label, edge_index=edges))
     return graphs
 
@@ -54,7 +54,7 @@ def fit(args: Namespace, name: str, network: Net, teacher: nn.Module | None) -> 
         trained.append(fad)  # fad_loss
     optimizer = torch.optim.AdamW(trained.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    loader = DataLoader(dataset(800, 0), batch_size=32, shuffle=True)
+    loader = DataLoader(dataset(480, 0), batch_size=32, shuffle=True)
     for _ in toy.epochs(args, name, trained=trained, optimizer=optimizer, decay=decay):
         for data in loader:
             logits, *mine = network.train()(data)
@@ -73,6 +73,6 @@ def fit(args: Namespace, name: str, network: Net, teacher: nn.Module | None) -> 
 
 if __name__ == "__main__":
     arguments = toy.start(toy.parser(__doc__))
-    test = next(iter(DataLoader(dataset(1600, 1), batch_size=1600)))
+    test = next(iter(DataLoader(dataset(960, 1), batch_size=960)))
     measure = lambda network: toy.share(network(test)[0], test.y)  # noqa: E731
     toy.duel(arguments, fit, lambda: Net(24, 2), lambda: Net(6, 3), measure)
