@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fad_loss import FeatureAdversarialLoss
-from fad_loss.discriminators import TeacherDiscriminator
 
 _ = torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -38,7 +37,7 @@ def clouds(count, points=48, seed=0):
     labels = torch.arange(count) % 9
     upper = torch.arange(points) % 2
     kind = torch.where(upper == 1, labels[:, None] // 3, labels[:, None] % 3)
-    u, v, w = torch.rand(3, count, points, generator=random)
+    u, v = torch.rand(2, count, points, generator=random)
     angle, z = 2 * math.pi * u, 2 * v - 1
     radius = torch.stack([(1 - z**2).sqrt(), (1 - z) / 2, torch.full_like(z, 0.8)])
     radius = radius.gather(0, kind[None])[0]
@@ -151,9 +150,27 @@ for name, value in fad.statistics().items():
 
 
 # %%
-@torch.no_grad()
 def scores(network, loss):
-    cloud = test[0][4:5]
-    mine = loss.adapter(loss.student_units(network.encoder(cloud)))
-    its = loss.teacher_units(teacher.encoder(cloud))
-    return cloud[0], TeacherDiscriminator()(mine, reference=its)[0]
+    """Of each of the student's points, as the loss itself sees them."""
+    judge = FeatureAdversarialLoss(20, 96, max_points=None).eval()
+    judge.adapter.load_state_dict(loss.adapter.state_dict())
+    judge.student_units.load_state_dict(loss.student_units.state_dict())
+    judge.teacher_units.load_state_dict(loss.teacher_units.state_dict())
+    seen = []
+    judge.discriminator.register_forward_hook(lambda module, given, found: seen.append(found))
+    with torch.no_grad():
+        judge(network.encoder(shown), teacher.encoder(shown))
+    found = seen[0]
+    return (found if isinstance(found, torch.Tensor) else found.student)[0]
+
+
+shown = clouds(9, 400, seed=2)[0][4:5]
+torch.manual_seed(2)
+panels = {"untrained": PointNet(5).eval(), "trained with the loss": student}
+figure = plt.figure(figsize=(9, 4), layout="constrained")
+for place, (title, network) in enumerate(panels.items(), 1):
+    axis = figure.add_subplot(1, 2, place, projection="3d")
+    drawn = axis.scatter(*shown[0].T, c=scores(network, fad), s=8, cmap="viridis")
+    axis.set(title=title)
+    axis.set_axis_off()
+    figure.colorbar(drawn, ax=axis, shrink=0.6)
