@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 import re
 import signal
 import subprocess
@@ -110,7 +111,7 @@ def weights(folder):
 
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".pt", ".ckpt"}:
-            collect(path.name, torch.load(path, weights_only=False))
+            collect(str(path.relative_to(folder)), torch.load(path, weights_only=False))
         elif path.name == "model.safetensors":
             from safetensors.torch import load_file
 
@@ -134,6 +135,7 @@ def test_killed_and_resumed_it_ends_in_the_same_weights(script, tmp_path):
     # Somewhere in the training of the student with the loss, whose checkpoints are called so.
     while begun.poll() is None and not [*broken.glob("with-0*")]:
         time.sleep(0.01)
+    time.sleep(2 * random.random())
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait()
     run(script, "--folder", broken, *options, "--resume")
