@@ -20,7 +20,7 @@ def cells(script):
         kind = "markdown" if "[markdown]" in head else "code"
         if kind == "markdown":
             body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines())
-        found.append((kind, re.sub(r"^(\s*)# (%pip)", r"\1\2", body, flags=re.MULTILINE).strip()))
+        found.append((kind, body.strip()))
     return found
 
 

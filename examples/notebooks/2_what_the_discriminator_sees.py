@@ -7,10 +7,12 @@
 
 # %%
 import importlib.util
+import subprocess
+import sys
 
 if importlib.util.find_spec("fad_loss") is None:  # on Colab, say
-    # %pip install --quiet fad-loss
-    pass
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "fad-loss"], check=True)
 
 # %%
 import matplotlib.pyplot as plt
