@@ -5,7 +5,7 @@
 #   make lint         the linter and the formatter, changing nothing   (make format changes)
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
-#   make hosts        every script of examples/hosts, in .venv-hosts with the frameworks: their tests
+#   make hosts        the hosts and the notebooks, in .venv-hosts with their frameworks: all tests of them
 #   make examples     the demo and the hosts
 #   make docs         the documentation, into docs/_build/html
 #   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
@@ -85,7 +85,8 @@ $(HOSTS)/.done: pyproject.toml constraints.txt examples/hosts/requirements.txt
 	@touch $@
 
 hosts: $(HOSTS)/.done
-	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts or not hosts' tests/test_hosts.py
+	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts or not hosts' \
+	  tests/test_hosts.py tests/test_notebooks.py
 
 examples: demo hosts
 
