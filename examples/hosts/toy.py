@@ -154,8 +154,8 @@ def epochs(args: argparse.Namespace, name: str, **parts: Any) -> Iterator[int]:
     for epoch in range(start, args.epochs):
         torch.manual_seed(epoch)
         yield epoch
+        state = {key: part.state_dict() for key, part in parts.items()}  # of FSDP2, by all ranks
         if args.rank == 0:
-            state = {key: part.state_dict() for key, part in parts.items()}
             save(path, {**state, "epochs": epoch + 1})
 
 
