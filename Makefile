@@ -5,6 +5,8 @@
 #   make lint         the linter and the formatter, changing nothing   (make format changes)
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
+#   make hosts        the hosts and the notebooks, in .venv-hosts with their frameworks: all tests of them
+#   make examples     the demo and the hosts
 #   make docs         the documentation, into docs/_build/html
 #   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
 #   make links        whether the addresses in the documentation answer
@@ -29,7 +31,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format types wheel docs links site benchmarks clean distclean
+.PHONY: help demo test fuzz lint format types wheel hosts examples docs links site benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,11 +78,32 @@ benchmarks: $(VENV)/.with-benchmarks
 	$(BIN)/python benchmarks/pairwise.py --device cpu
 	$(BIN)/python benchmarks/step.py
 
+# The frameworks have an environment of their own, so that theirs never is that of the tests. A
+# torchvision built for CUDA does not import beside a torch built for CPU, because nobody declared
+# its operators; Lightning and torchdistill want its Python alone.
+HOSTS := .venv-hosts
+EXTENSION = $$($(HOSTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/extension.py
+
+$(HOSTS)/.done: pyproject.toml constraints.txt examples/hosts/requirements.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python $(PIP_INSTALL) --editable '.[dev]' --requirement examples/hosts/requirements.txt
+	$(HOSTS)/bin/python -c 'import torchvision' || printf '%s\n' 'for _name in ("nms", "qnms"):' \
+	  '    torch.library.define(f"torchvision::{_name}", "(Tensor a, Tensor b, float c) -> Tensor")' \
+	  >> $(EXTENSION)
+	$(HOSTS)/bin/python -c 'import torchvision'
+	@touch $@
+
+hosts: $(HOSTS)/.done
+	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts or not hosts' \
+	  tests/test_hosts.py tests/test_notebooks.py
+
+examples: demo hosts
+
 clean:
 	rm -rf build dist docs/_build docs/_gallery .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(HOSTS)
 
 # What was installed is stamped, so that only the first call, or a change of the requirements, pays.
 EXTRAS_examples := examples
