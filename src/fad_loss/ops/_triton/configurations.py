@@ -91,6 +91,8 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
 
 # What would spill on compute capability 8, where operands are in registers as well as the sums.
 AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("small_reduce", "tf32"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 16, 4, 2)),
+    ("small_backward", "tf32"): (Tile(32, 64, 16, 4, 2),),
     ("reduce", "tf32x3"): (Tile(64, 32, 32, 8, 2),),
     ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3),),
     ("reduce", "half"): (Tile(64, 64, 64, 8, 3),),
