@@ -42,10 +42,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 sys.path.insert(0, os.environ.get("FAD_LOSS_SOURCE", sys.path[0]))
 
+import fad_loss
 from fad_loss import FeatureAdversarialLoss, HeadDiscriminator
 from measure import RESULTS, context, save
 
-SOURCE = Path(sys.path[0])
 OPTIMIZERS = ("sgd0.1", "sgd0.02", "adamw0.001")
 CLIPPINGS = ("none", "network", "all")
 SCALES_OF_TEACHER = (1e-3, 1.0, 1e3)
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options["balance"] = True
     loops = matrix(given)
     where, console = context(torch.device("cpu")), Console()
-    where["commit"] = commit_of(SOURCE)
+    where["commit"] = commit_of(Path(fad_loss.__file__).parent)
     journal = given.output.with_suffix(".jsonl")
     rows = finished(journal, {"commit": where["commit"], "options": options})
     open_loops = [loop for loop in loops if loop not in rows]
