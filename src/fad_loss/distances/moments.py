@@ -59,7 +59,8 @@ def energy(
     .. math:: \mathrm{ED}(x, y) = 2\,E|x_i - y_j| - E|x_i - x_j| - E|y_i - y_j|
 
     It is zero only for equal distributions, needs no bandwidth, and pulls from any distance. It is
-    `mmd` with the `fad_loss.ops.Energy` kernel.
+    `mmd` with the `fad_loss.ops.Energy` kernel; like that it is a difference of means, and keeps
+    fewer digits where it is small beside them.
 
     Args:
         x: clouds `(B, N, C)`, or ragged.
