@@ -133,9 +133,8 @@ class _Search:
         # Both in one piece: of memory in few large pieces, the C library keeps more.
         sizes = x.shape[1], self.size + filling
         held = buffers.take("points", (clouds * sum(sizes), channels + 1), center)
-        self.left, self.right = (
-            part.view(clouds, -1, channels + 1) for part in held.split([clouds * n for n in sizes])
-        )
+        self.left = held[: clouds * sizes[0]].view(clouds, -1, channels + 1)
+        self.right = held[clouds * sizes[0] :].view(clouds, -1, channels + 1)
         left, right = self.left[..., :-1], self.right[:, : self.size, :-1]
         if self.wide:  # a difference of two dtypes would take a slower way
             left.copy_(self.x).sub_(center).mul_(-2)
