@@ -41,7 +41,7 @@ from triton.compiler import ASTSource
 
 from fad_loss.ops import _triton
 from fad_loss.ops._triton import configurations, prepare, search, small
-from fad_loss.ops._triton.configurations import entries
+from fad_loss.ops._triton.configurations import Tile, entries, fitting
 from fad_loss.ops._triton.prepare import padded
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -66,13 +66,12 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-# Formats, each with the channels that make a difference: all in one block, or in several, where the
-# loop is the same from two on.
+# Formats, each with the channels that can make a difference.
 FORMATS = {
     "direct": (torch.float32, "highest", (3,)),
     "tf32x3": (torch.float32, "highest", (32, 256)),
-    "tf32": (torch.float32, "high", (32, 256)),
-    "half": (torch.bfloat16, "high", (64, 256)),
+    "tf32": (torch.float32, "high", (32, 64, 128, 256)),
+    "half": (torch.bfloat16, "high", (64, 128, 256, 512)),
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
 KERNELS = (
@@ -220,17 +219,35 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
     for architecture in architectures:
         for kernel in kernels:
             for form, (_, _, widths) in FORMATS.items():
-                # To small clouds' kernels more channels are more rounds of the same loop.
-                some = widths[-1:] if kernel.startswith("small_") else widths
-                for number in range(len(entries(kernel, form, architecture // 10))):
-                    for channels in some:
-                        yield {
-                            "kernel": kernel,
-                            "format": form,
-                            "channels": channels,
-                            "entry": number,
-                            "architecture": architecture,
-                        }
+                tiles = entries(kernel, form, architecture // 10)
+                for number, channels in used(kernel, tiles, widths):
+                    yield {
+                        "kernel": kernel,
+                        "format": form,
+                        "channels": channels,
+                        "entry": number,
+                        "architecture": architecture,
+                    }
+
+
+def used(
+    kernel: str, tiles: tuple[Tile, ...], widths: tuple[int, ...]
+) -> Iterator[tuple[int, int]]:
+    """Entries of the table with the channels that they are used for and that differ to them."""
+    if kernel.startswith("small_"):
+        # More channels are more rounds of the same loop.
+        yield from ((number, widths[-1]) for number in range(len(tiles)))
+        return
+    forms: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for channels in widths if tiles else ():
+        stored = padded(channels)
+        for number in fitting(tiles, stored):
+            # Of those that are kept the most are the worst; where blocks are reread the loop is the
+            # same from two on.
+            kept = stored <= tiles[number].all_kept
+            reread = () if kept else tuple(tiles[number].arguments(stored).items())
+            forms[number, kept, reread] = number, channels
+    yield from forms.values()
 
 
 def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -263,6 +280,8 @@ def functions() -> dict[str, ast.FunctionDef]:
             if isinstance(node, ast.FunctionDef) and any(
                 "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
             ):
+                # What it is for does not change what it compiles to.
+                node.body = node.body[1:] if ast.get_docstring(node) else node.body
                 found[node.name] = node
     return found
 

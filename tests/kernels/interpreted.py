@@ -160,9 +160,7 @@ def test_softmin_second_derivatives(C, full):
         [u, v, t] if full else [u, v],
     )
     found = _triton.softmin(x, y, bias, EPSILON, False, None, None)
-    got = softmin_double_backward(
-        u, v, t, grad, x, y, bias, found, EPSILON, False, None, None
-    )
+    got = softmin_double_backward(u, v, t, grad, x, y, bias, found, EPSILON, False, None, None)
     for a, b in zip(got, wanted, strict=False):
         close(a, b, 2e-5)
 
@@ -362,8 +360,10 @@ def test_shares_of_the_columns_find_the_same_neighbors(k, shared):
     whole = _triton.knn(x, y, k, False, None, None)
     for number in (2, 3, 500):
         shared(number)
-        parts = _triton.knn(x, y, k, False, None, None)
-        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+        distance, index = _triton.knn(x, y, k, False, None, None)
+        assert torch.equal(index, whole[1])
+        # Longer lists add up fewer channels at a time.
+        torch.testing.assert_close(distance, whole[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -643,9 +643,7 @@ def test_nan_stays_nan_when_rounded(bits, precision):
     assert out[0, 3].isnan().all()
     assert out[0, :3].isfinite().all()
     grad = torch.ones(out.shape)
-    dx, dy, _ = softmin_backward(
-        grad, x, y, None, found, EPSILON, False, None, None, True, False
-    )
+    dx, dy, _ = softmin_backward(grad, x, y, None, found, EPSILON, False, None, None, True, False)
     assert dx[0, 3].isnan().all()
     assert dx[0, 4:].isfinite().all()
     assert dy.isnan().any()

@@ -6,10 +6,10 @@ them, so there are no atomics and the result is repeatable. The second derivativ
 with delta_ij = 2 (x_i - y_j) . (u_i - v_j) for directions u and v:
 A_ij for the points, and P_ij for the directions (`double_backward.py`).
 
-Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and the rows' gradient. Up to KEPT channels
-one program has all of them, and reads the columns once, for the distances and the product. Of wider
-points it has SLAB channels; the others are other programs', which recompute the tile, and columns
-are read twice (from L2).
+Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and the rows' gradient. Up to KEPT
+channels one program has all of them, and reads the columns once, for the distances and the product.
+Of wider points it has SLAB channels; the others are other programs', which recompute the tile, and
+columns are read twice (from L2).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -56,17 +56,15 @@ def multiply(
     """
     if CHANNELS <= KEPT:
         blocks = tile
-        COUNT: tl.constexpr = CHANNELS // SLAB
     else:
         blocks = (load_points(base, left, channel, CHANNELS, BLOCK, SLAB),)
-        COUNT: tl.constexpr = 1
     # The range of weights is wider than that of float16; tf32 holds both.
     if blocks[0].dtype == tl.float16:
         multiplied = rounded(weights, weights, PRECISION)
     else:
         multiplied = rounded(weights, blocks[0], PRECISION)
     new_totals = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
         points = blocks[i]
         if points.dtype == tl.float16:
             points = points.to(tl.float32)
@@ -84,11 +82,7 @@ def zeros_of_channels(
 ):
     """A tile of zeros for each block of channels that a program has."""
     totals = ()
-    if CHANNELS <= KEPT:
-        COUNT: tl.constexpr = CHANNELS // SLAB
-    else:
-        COUNT: tl.constexpr = 1
-    for _ in tl.static_range(COUNT):
+    for _ in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
         totals = totals + (tl.zeros((BLOCK, SLAB), tl.float32),)
     return totals
 
@@ -151,7 +145,8 @@ def backward_kernel(
     """Gradient of the rows' points and, if `extra` is there, of the rows' weights or biases.
 
     softmin: W = sum_e exp((row_shift + column_shift - d) rate) scale, where the scale is the
-    incoming gradient, divided by the total, on whichever side is x. Kernels: W = k'(d) row_scale column_scale.
+    incoming gradient, divided by the total, on whichever side is x. Kernels:
+    W = k'(d) row_scale column_scale.
     """
     _, row_start, rows, first, column_start, columns = locate(
         tl.program_id(0),

@@ -1,8 +1,9 @@
 """The tiles that each kernel may use: one table, chosen from by shape, device, or timing.
 
-An entry is (BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHANNELS, warps, stages, SLAB), at most 8 for a kernel
-and a format, the heuristic's choice first. BLOCK_CHANNELS and SLAB are upper bounds: points with
-fewer channels use all they have. Every entry is compiled offline for sm_80, sm_90, sm_100 and
+An entry is (BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_CHANNELS, warps, stages, KEPT, SLAB), at most 8 for a
+kernel and a format, the heuristic's choice first. BLOCK_CHANNELS and SLAB are upper bounds: points
+with fewer channels use all they have. Entries that keep all channels of a point (KEPT) are for it;
+the last one is for wider points too. Every entry is compiled offline for sm_80, sm_90, sm_100 and
 sm_120 by `make kernels-report`, which fails on spills; a tile of 64 rows is the least that wgmma
 and tcgen05 take.
 
@@ -27,7 +28,6 @@ from torch import Tensor
 from fad_loss.ops._triton.launch import INTERPRETED, launch
 from fad_loss.ops._triton.prepare import DIRECT_CHANNELS, Format, Points, schedule
 from fad_loss.ops._triton.tuning import fastest
-
 
 # Shares of the columns at most, what each costs in tiles, and from how many rounds of programs on
 # there are none.
@@ -73,7 +73,7 @@ class Tile(NamedTuple):
 
     @property
     def all_kept(self) -> int:
-        """Up to how many channels one program has all of them."""
+        """Up to how many channels one program has all of them, and rereads none."""
         return self.kept or 0
 
 
@@ -81,12 +81,28 @@ class Tile(NamedTuple):
 TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "direct"): (Tile(64, 32, 16, 8, 2, 0),),
     ("reduce", "tf32x3"): (Tile(64, 64, 32, 8, 2, 32),),
-    ("reduce", "tf32"): (Tile(128, 64, 32, 8, 3, 128), Tile(64, 64, 32, 4, 3, 128)),
-    ("reduce", "half"): (Tile(128, 64, 64, 8, 3, 256), Tile(64, 64, 64, 4, 3, 256)),
+    ("reduce", "tf32"): (
+        Tile(128, 64, 32, 8, 3, 128),
+        Tile(64, 64, 32, 4, 3, 128),
+        Tile(128, 64, 32, 8, 3, 0),
+    ),
+    ("reduce", "half"): (
+        Tile(128, 64, 64, 8, 3, 256),
+        Tile(64, 64, 64, 4, 3, 256),
+        Tile(128, 64, 64, 8, 3, 0),
+    ),
     ("backward", "direct"): (Tile(64, 32, 16, 4, 2, 0, 16),),
-    ("backward", "tf32x3"): (Tile(128, 32, 32, 8, 2, 32, 128),),
-    ("backward", "tf32"): (Tile(128, 64, 32, 8, 3, 64, 128), Tile(64, 64, 32, 4, 3, 64, 128)),
-    ("backward", "half"): (Tile(128, 64, 64, 8, 3, 128, 128), Tile(64, 64, 64, 4, 3, 64, 128)),
+    ("backward", "tf32x3"): (Tile(64, 32, 16, 8, 2, 0, 128),),
+    ("backward", "tf32"): (
+        Tile(128, 64, 32, 8, 3, 64, 64),
+        Tile(64, 64, 32, 4, 3, 64, 64),
+        Tile(128, 32, 32, 8, 3, 0, 128),
+    ),
+    ("backward", "half"): (
+        Tile(128, 64, 64, 8, 3, 128, 128),
+        Tile(64, 64, 64, 4, 3, 128, 128),
+        Tile(128, 32, 64, 8, 3, 256, 256),
+    ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
     ("double_backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 0, 64),),
     ("double_backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
@@ -100,8 +116,16 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("small_backward", "half"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
     ("scan", "direct"): (Tile(64, 64, 16, 8, 2, 0),),
     ("scan", "tf32x3"): (Tile(64, 64, 32, 8, 2, 32),),
-    ("scan", "tf32"): (Tile(128, 64, 32, 8, 3, 128), Tile(64, 64, 32, 4, 3, 128)),
-    ("scan", "half"): (Tile(128, 64, 64, 8, 3, 256), Tile(64, 64, 64, 4, 3, 256)),
+    ("scan", "tf32"): (
+        Tile(128, 64, 32, 8, 3, 128),
+        Tile(64, 64, 32, 4, 3, 128),
+        Tile(128, 64, 32, 8, 3, 0),
+    ),
+    ("scan", "half"): (
+        Tile(128, 64, 64, 8, 3, 256),
+        Tile(64, 64, 64, 4, 3, 256),
+        Tile(128, 64, 64, 8, 3, 0),
+    ),
     ("shortlist", "direct"): (Tile(64, 64, 16, 8, 2, 0),),
     ("shortlist", "tf32x3"): (Tile(64, 64, 32, 8, 2, 32),),
     ("shortlist", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
@@ -135,7 +159,6 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
 
 # And what would spill on compute capability 10 with Triton 3.6 or 3.9.
 BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("backward", "tf32x3"): (Tile(64, 32, 16, 8, 2, 0, 128),),
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
     ("backward", "half"): (Tile(64, 64, 64, 8, 2, 64, 128),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
@@ -149,6 +172,15 @@ def entries(name: str, form: str, major: int) -> tuple[Tile, ...]:
     # Consumer Blackwell (12) has Ampere's matrix instructions and less shared memory than Hopper.
     own = {8: AMPERE, 10: BLACKWELL, 11: BLACKWELL, 12: AMPERE}.get(major, {})
     return own.get((name, form)) or TABLE.get((name, form), ())
+
+
+def fitting(tiles: tuple[Tile, ...], channels: int) -> tuple[int, ...]:
+    """The numbers of the entries for points stored with so many channels.
+
+    Those that keep all of them; or else the last, which is made for any number.
+    """
+    keep = tuple(number for number, tile in enumerate(tiles) if channels <= tile.all_kept)
+    return keep or (len(tiles) - 1,)
 
 
 def format_of(form: Format, channels: int) -> str:
@@ -189,7 +221,8 @@ def run(
     """
     form, channels = format_of(rows.format, rows.channels), rows.values.shape[1]
     device = rows.values.device
-    tiles = entries(name, form, capability(device))
+    table = entries(name, form, capability(device))
+    tiles = tuple(table[number] for number in fitting(table, channels))
 
     def start(entry: Tile) -> Results:
         tile = entry.arguments(channels)
@@ -234,7 +267,8 @@ def shares(programs: int, walk: int, slots: int, most: int) -> int:
 
     # Where processors are busy anyway the columns stay together.
     limit = min(most, max(walk // SHARE, 1)) if programs < ROUNDS * slots else 1
-    return min(range(1, limit + 1), key=end)
+    number: int = min(range(1, limit + 1), key=end)
+    return number
 
 
 def added(parts: Tensor) -> Tensor:

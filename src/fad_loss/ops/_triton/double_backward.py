@@ -6,8 +6,8 @@ the directions: dx_i = 2 (sum_j A_ij x_i - A_ij y_j + P_ij u_i - P_ij v_j). `_ti
 derives them. As in `backward.py` a program owns rows, and y's gradients come from exchanged roles.
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS, for d and for delta. In registers: both tiles, and SLAB channels
-of the rows' gradient, or all up to KEPT. Read once, or reread from L2, as in `backward.py`. Storage is float32: gradients
-do not fit half precision.
+of the rows' gradient, or all up to KEPT. Columns and their directions are read once, or reread from
+L2, as in `backward.py`. Storage is float32: gradients do not fit half precision.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators

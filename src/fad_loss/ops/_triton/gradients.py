@@ -22,7 +22,6 @@ from fad_loss.ops._triton.prepare import (
     sides,
 )
 
-
 Shape = Sequence[int] | None
 
 

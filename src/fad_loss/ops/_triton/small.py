@@ -44,6 +44,8 @@ from fad_loss.ops._triton.weights import (
     zeros_each,
 )
 
+# ruff: noqa: SIM108, because kernels do not choose in an expression
+
 # The most columns of a tile.
 LARGEST = 128
 _STORAGE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

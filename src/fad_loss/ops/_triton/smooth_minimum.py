@@ -28,7 +28,7 @@ from fad_loss.ops._triton.prepare import prepare_pair, sides
 from fad_loss.ops._triton.tiles import hold, load_values, locate, share, squared_distances
 from fad_loss.ops._triton.weights import LOG2_E, exponential, load_each, smooth_minimum
 
-# ruff: noqa: RUF005, because kernels cannot unpack tuples
+# ruff: noqa: RUF005, SIM108, because kernels cannot unpack tuples, nor choose in an expression
 
 # Temperatures that share a pass: each keeps some registers for every row of a thread, and more of
 # them for second derivatives.
@@ -135,9 +135,7 @@ def softmin_kernel(
             safe = tl.where(new == float("inf"), 0.0, new)
             part = tl.sum(exponential(shifted, safe[:, None], rate), 1)
             new_smallest = new_smallest + (new,)
-            new_sums = new_sums + (
-                sums[e] * tl.exp2(safe * rate - smallest[e] * rate) + part,
-            )
+            new_sums = new_sums + (sums[e] * tl.exp2(safe * rate - smallest[e] * rate) + part,)
         smallest = new_smallest
         sums = new_sums
     point = tl.arange(0, BLOCK_ROWS)
@@ -207,9 +205,7 @@ def softmin(
 
     def results(shares: int) -> dict[str, Tensor]:
         shape = shares, *x.shape[:-1], len(epsilon)
-        return {
-            name: x.new_empty(shape, dtype=torch.float32) for name in ("out", "least", "total")
-        }
+        return {name: x.new_empty(shape, dtype=torch.float32) for name in ("out", "least", "total")}
 
     with on_device(x):
         if small.are_small(x, y, x_offsets):

@@ -3,9 +3,9 @@
 A program owns BLOCK_ROWS points of one cloud (its rows) and walks over the points of the other
 cloud (its columns), BLOCK_COLUMNS at a time. Points come prepared (`prepare.py`): row-major,
 channels padded with zeros to CHANNELS, so that every row starts on a 64-byte boundary and copies
-are asynchronous. Up to KEPT channels the rows stay in registers or shared memory for the whole walk,
-in blocks of BLOCK_CHANNELS, and each tile of columns is read once, also where a product with it
-follows; wider points are reread block by block, from L2.
+are asynchronous. Up to KEPT channels the rows stay in registers or shared memory for the whole
+walk, in blocks of BLOCK_CHANNELS, and each tile of columns is read once, also where a product with
+it follows; wider points are reread block by block, from L2.
 
 Where there are too few tiles of rows for all processors, each is walked over by several programs,
 each of which takes a share of the columns (`share`) and writes results of its own, which a second
