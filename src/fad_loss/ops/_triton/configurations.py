@@ -92,16 +92,17 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, 0),
     ),
     ("backward", "direct"): (Tile(64, 32, 16, 4, 2, 0, 16),),
-    ("backward", "tf32x3"): (Tile(64, 32, 16, 8, 2, 0, 128),),
+    ("backward", "tf32x3"): (Tile(64, 32, 16, 4, 2, 0, 64),),
     ("backward", "tf32"): (
         Tile(128, 64, 32, 8, 3, 64, 64),
         Tile(64, 64, 32, 4, 3, 64, 64),
-        Tile(128, 32, 32, 8, 3, 0, 128),
+        Tile(128, 32, 32, 8, 2, 0, 128),
     ),
     ("backward", "half"): (
         Tile(128, 64, 64, 8, 3, 128, 128),
         Tile(64, 64, 64, 4, 3, 128, 128),
         Tile(128, 32, 64, 8, 3, 256, 256),
+        Tile(128, 32, 64, 8, 2, 0, 256),
     ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
     ("double_backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 0, 64),),
@@ -160,7 +161,6 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
 # And what would spill on compute capability 10 with Triton 3.6 or 3.9.
 BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
-    ("backward", "half"): (Tile(64, 64, 64, 8, 2, 64, 128),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
     ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
     ("longlist", "tf32"): (Tile(64, 32, 16, 8, 3, 0),),

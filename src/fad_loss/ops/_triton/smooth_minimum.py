@@ -30,10 +30,10 @@ from fad_loss.ops._triton.weights import LOG2_E, exponential, load_each, smooth_
 
 # ruff: noqa: RUF005, SIM108, because kernels cannot unpack tuples, nor choose in an expression
 
-# Temperatures that share a pass: each keeps some registers for every row of a thread, and more of
-# them for second derivatives.
+# Temperatures that share a pass: each keeps some registers for every row and column of a thread, and
+# more of them beside a gradient.
 GROUP = 4
-GROUP_SECOND = 2
+GROUP_BACKWARD = 2
 # Rows of a program that brings together what the shares have found.
 MERGED = 128
 
@@ -280,7 +280,8 @@ def softmin_backward(
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, y and the bias, where `grad` is already divided by `total`."""
-    if len(epsilon) > GROUP:
+    size = GROUP if small.are_small(x, y, x_offsets) else GROUP_BACKWARD
+    if len(epsilon) > size:
         parts = [
             softmin_backward(
                 grad[..., part],
@@ -295,7 +296,7 @@ def softmin_backward(
                 of_y,
                 of_bias,
             )
-            for part in groups(epsilon, GROUP)
+            for part in groups(epsilon, size)
         ]
         dxs, dys, dbiases = zip(*parts, strict=True)
         return summed(dxs), summed(dys), torch.cat(dbiases, -1)
@@ -334,7 +335,7 @@ def softmin_double_backward(
     With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
     over the row before the weights of any of its pairs are known.
     """
-    if len(epsilon) > GROUP_SECOND:
+    if len(epsilon) > GROUP_BACKWARD:
         parts = [
             softmin_double_backward(
                 u,
@@ -351,7 +352,7 @@ def softmin_double_backward(
                 x_offsets,
                 y_offsets,
             )
-            for part in groups(epsilon, GROUP_SECOND)
+            for part in groups(epsilon, GROUP_BACKWARD)
         ]
         dgrads, dxs, dys, dhs = zip(*parts, strict=True)
         return torch.cat(dgrads, -1), summed(dxs), summed(dys), torch.cat(dhs, -1)
