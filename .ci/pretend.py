@@ -1,4 +1,4 @@
-"""A GPU that is not there, for rehearsals: what asks for CUDA gets the CPU, and kernels are compiled.
+"""A GPU that is not there, for rehearsals: tensors are on the CPU, and kernels are compiled.
 
     python .ci/pretend.py benchmarks/pairwise.py --device cuda ...
     python .ci/pretend.py -m fad_loss --json
@@ -32,6 +32,8 @@ class OnCpu(TorchFunctionMode):
     """What asks for the GPU gets the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        if function is torch.device:  # its name, by which code for GPUs is chosen
+            return function(*args, **(kwargs or {}))
         kwargs = {name: self.replaced(value) for name, value in (kwargs or {}).items()}
         return function(*[self.replaced(value) for value in args], **kwargs)
 
@@ -52,6 +54,7 @@ class _Event:
         """Nothing is recorded."""
 
     def elapsed_time(self, _: _Event) -> float:
+        """A millisecond."""
         return 1.0
 
 

@@ -263,7 +263,8 @@ def shares(programs: int, walk: int, slots: int, most: int) -> int:
         return 1
 
     def end(number: int) -> int:
-        return triton.cdiv(programs * number, slots) * (triton.cdiv(walk, number) + SHARE)
+        rounds: int = triton.cdiv(programs * number, slots)
+        return rounds * int(triton.cdiv(walk, number) + SHARE)
 
     # Where processors are busy anyway the columns stay together.
     limit = min(most, max(walk // SHARE, 1)) if programs < ROUNDS * slots else 1

@@ -30,8 +30,8 @@ from fad_loss.ops._triton.weights import LOG2_E, exponential, load_each, smooth_
 
 # ruff: noqa: RUF005, SIM108, because kernels cannot unpack tuples, nor choose in an expression
 
-# Temperatures that share a pass: each keeps some registers for every row and column of a thread, and
-# more of them beside a gradient.
+# Temperatures that share a pass: each keeps some registers for every row and column of a thread,
+# and more of them beside a gradient.
 GROUP = 4
 GROUP_BACKWARD = 2
 # Rows of a program that brings together what the shares have found.
