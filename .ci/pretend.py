@@ -32,6 +32,7 @@ class OnCpu(TorchFunctionMode):
     """What asks for the GPU gets the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        """Replace the device among the arguments."""
         if function is torch.device:  # its name, by which code for GPUs is chosen
             return function(*args, **(kwargs or {}))
         kwargs = {name: self.replaced(value) for name, value in (kwargs or {}).items()}
@@ -39,6 +40,7 @@ class OnCpu(TorchFunctionMode):
 
     @staticmethod
     def replaced(value: Any) -> Any:
+        """The CPU for the GPU, and everything else as it is."""
         if isinstance(value, str) and value.startswith("cuda"):
             return "cpu"
         if isinstance(value, torch.device) and value.type == "cuda":
