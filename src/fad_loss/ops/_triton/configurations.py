@@ -84,6 +84,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "tf32"): (
         Tile(128, 64, 32, 8, 3, 128),
         Tile(64, 64, 32, 4, 3, 128),
+        Tile(128, 32, 64, 8, 2, 256),
         Tile(128, 64, 32, 8, 3, 0),
     ),
     ("reduce", "half"): (
@@ -101,6 +102,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("backward", "half"): (
         Tile(128, 32, 64, 8, 3, 128, 128),
         Tile(64, 32, 64, 4, 3, 128, 128),
+        Tile(128, 32, 64, 8, 3, 256, 256),
         Tile(128, 32, 64, 8, 2, 0, 256),
     ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
@@ -119,6 +121,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("scan", "tf32"): (
         Tile(128, 64, 32, 8, 3, 128),
         Tile(64, 64, 32, 4, 3, 128),
+        Tile(128, 32, 64, 8, 2, 256),
         Tile(128, 64, 32, 8, 3, 0),
     ),
     ("scan", "half"): (

@@ -31,9 +31,10 @@ from fad_loss.ops._triton.weights import LOG2_E, exponential, load_each, smooth_
 # ruff: noqa: RUF005, SIM108, because kernels cannot unpack tuples, nor choose in an expression
 
 # Temperatures that share a pass: each keeps some registers for every row and column of a thread,
-# and more of them beside a gradient.
+# and more of them beside a gradient, which leaves room for one where it is wide.
 GROUP = 4
 GROUP_BACKWARD = 2
+WIDE = 128
 # Rows of a program that brings together what the shares have found.
 MERGED = 128
 
@@ -250,6 +251,11 @@ def groups(epsilon: Sequence[float], size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(epsilon), size)]
 
 
+def group_backward(channels: int) -> int:
+    """How many temperatures share a pass beside a gradient of so many channels."""
+    return GROUP_BACKWARD if channels <= WIDE else 1
+
+
 def only(part: slice, t: Tensor | None) -> Tensor | None:
     """The values of some of the temperatures, from (..., E)."""
     return None if t is None else t[..., part]
@@ -280,7 +286,9 @@ def softmin_backward(
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, y and the bias, where `grad` is already divided by `total`."""
-    size = GROUP if small.are_small(x, y, x_offsets) else GROUP_BACKWARD
+    size = group_backward(x.shape[-1])
+    if small.are_small(x, y, x_offsets):
+        size = GROUP
     if len(epsilon) > size:
         parts = [
             softmin_backward(
