@@ -88,8 +88,10 @@ def test_forward_backward_and_twice(architecture, form, operation, monkeypatch):
 @pytest.mark.parametrize("form", ["direct", "tf32x3"])
 def test_another_size_in_the_same_bucket_compiles_nothing(form, monkeypatch):
     with stub_gpu(90, monkeypatch) as counts:
-        for operation in OPERATIONS:
-            run(operation, *clouds(form), "auto").sum().backward()
+        # Columns that one program walks over, and columns that several share.
+        for sizes in ((2, 300, 170), (1, 20, 9000)):
+            for operation in OPERATIONS:
+                run(operation, *clouds(form, *sizes), "auto").sum().backward()
         counts.clear()
         for N, M in ((301, 171), (256, 128), (1000, 1), (1, 4096)):
             for operation in OPERATIONS:
