@@ -214,7 +214,7 @@ def loops(cubin: bytes) -> tuple[int, int]:
     inside = [
         size
         for span, size in sizes.items()
-        if outer[0] < span[0] and span[1] < outer[1] and 40 <= size < sizes[outer] // 2
+        if outer[0] < span[0] and span[1] < outer[1] and 40 <= size < 0.95 * sizes[outer]
     ]
     return sizes[outer], max(inside, default=0)
 

@@ -12,7 +12,7 @@ For clouds x `(B, N, C)` and y `(B, M, C)`, with :math:`d_{ij} = |x_i - y_j|^2`:
 Clouds of unequal size come as jagged nested tensors (`fad_loss.ragged`), and so do the results.
 Every operation takes ``backend="auto" | "triton" | "tiled" | "dense"``: the fused kernels, tiles of
 matrix products in plain PyTorch, or the N x M reference. `auto` chooses; an explicit backend that
-cannot run raises and says why.
+cannot run raises and says why. `cost` predicts time and memory of each.
 
 Half-precision inputs are accumulated, and their results returned, in float32. Results and gradients
 are bitwise repeatable.
@@ -37,6 +37,7 @@ from torch import Tensor
 from fad_loss._checks import check_finite, look
 from fad_loss.ops import _dense, _library
 from fad_loss.ops._backends import select
+from fad_loss.ops._cost import Cost, cost
 from fad_loss.ops._inputs import Pair, bias_of, check_pair, check_transforms, mass
 from fad_loss.ops.kernels import (
     Energy,
@@ -49,11 +50,13 @@ from fad_loss.ops.kernels import (
 )
 
 __all__ = [
+    "Cost",
     "Energy",
     "Gaussian",
     "InverseMultiquadric",
     "Kernel",
     "Laplacian",
+    "cost",
     "kernel_mean",
     "knn",
     "nearest",
