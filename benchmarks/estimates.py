@@ -13,7 +13,7 @@ The largest is the limit, if the others are hidden behind it; none is hidden com
 of the matrix units' peak that is left, tensor / limit, is at most what a measurement can find.
 
     python benchmarks/estimates.py       # compile what KERNEL_CASES names for an H100, write JSON
-    python benchmarks/estimates.py --page   # print the table of docs/kernels.md from it
+    python benchmarks/estimates.py --page   # put its table into docs/kernels.md
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUTPUT = RESULTS / "kernels-estimates.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+BEGIN, END = "<!-- estimates -->", "<!-- end of estimates -->"
 
 
 class Unit(NamedTuple):
@@ -183,7 +185,9 @@ def main() -> int:
     """Compile and write, or print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--page", action="store_true", help="print the table of the JSON")
+    parser.add_argument(
+        "--page", action="store_true", help="only put the table of the JSON into the page"
+    )
     options = parser.parse_args()
     if not options.page:
         import triton  # noqa: PLC0415
@@ -191,7 +195,11 @@ def main() -> int:
         entries = [estimate(*case) for case in KERNEL_CASES]
         report = {"triton": triton.__version__, "architecture": 90, "kernels": entries}
         options.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(page(json.loads(options.output.read_text())["kernels"]))
+    table = page(json.loads(options.output.read_text())["kernels"])
+    if options.page:
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    print(table)
     return 0
 
 
