@@ -186,7 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument(
-        "--page", action="store_true", help="only put the table of the JSON into the page"
+        "--page", action="store_true", help="only put the table into the page"
     )
     options = parser.parse_args()
     if not options.page:
