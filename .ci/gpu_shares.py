@@ -94,12 +94,13 @@ class Shares:
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = chosen
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any) -> bool | None:
         """Begin no test after the end."""
-        if time.time() > self.deadline:
-            item.session.shouldstop = "the time of this call is over"
-        return (yield)
+        if time.time() <= self.deadline:
+            return None
+        item.session.shouldstop = "the time of this call is over"
+        return True
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[None]:

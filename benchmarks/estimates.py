@@ -185,9 +185,7 @@ def main() -> int:
     """Compile and write, or print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument(
-        "--page", action="store_true", help="only put the table into the page"
-    )
+    parser.add_argument("--page", action="store_true", help="only put the table into the page")
     options = parser.parse_args()
     if not options.page:
         import triton  # noqa: PLC0415
