@@ -148,7 +148,7 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "half"): (Tile(64, 64, 64, 8, 3, 64),),
     ("backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 32, 128),),
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 32, 128),),
-    ("backward", "half"): (Tile(64, 16, 64, 8, 2, 64, 128),),
+    ("backward", "half"): (Tile(64, 16, 64, 8, 2, 0, 128),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
     ("scan", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
     ("scan", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
