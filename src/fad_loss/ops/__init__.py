@@ -95,7 +95,8 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         32 of y, none is recomputed on a CPU: the product is one of float64.) The backward pass is
         O(N C). Up to C = 16 differences are summed instead, 3 N M C flops. Beyond the result,
         memory holds centered copies of x and y, and on a CPU a tile of 16 MiB (64 rows, if those
-        are more); a GPU reads x once and y once per tile of 64 rows, mostly from its L2 cache.
+        are more); a GPU reads x once and y once per tile of 64 or 128 rows, mostly from its L2
+        cache; where these are too few to fill it, several programs share the columns of each.
         float32 products on a GPU follow ``torch.set_float32_matmul_precision``: tf32x3 for
         "highest", tf32 for "high", bfloat16 for "medium"; half precision is multiplied as it is.
         Only the screening becomes coarser. float64 on a GPU takes the tiled path.
@@ -225,8 +226,8 @@ def kernel_mean(
         2 N M C flops a cloud forward, and one exponential or root per pair; Gaussian bandwidths
         whose ratios are powers of 2 or of its root share one exponential. The backward pass
         recomputes each pair's weight: 4 N M C flops for the gradient of x and as much for that of
-        y, up to 128 channels; wider points recompute it once per 128 channels. Second derivatives
-        take 10 N M C. Beyond results and gradients, memory holds centered copies of the points, and
+        y; on a GPU wider points (from 64 channels on in float32, 128 in tf32, 256 in half
+        precision) recompute it once for each so many channels. Second derivatives take 10 N M C. Beyond results and gradients, memory holds centered copies of the points, and
         on a CPU tiles of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by
         rows, without atomics. float32 products follow
         ``torch.set_float32_matmul_precision`` as in `nearest` on a GPU, and here the result does
@@ -349,9 +350,10 @@ def softmin(
 
     Cost:
         2 N M C flops a cloud forward, with a running maximum and sum per row, and one exponential
-        per pair and temperature; up to 4 temperatures share one pass on a GPU, all of them on a
-        CPU. The backward pass recomputes the probabilities, second derivatives too (2 temperatures
-        a pass), at the flops, the memory and the precision of `kernel_mean`.
+        per pair and temperature; up to 4 temperatures share one pass on a GPU (2 backward,
+        and 1 beyond 128 channels), all of them on a CPU. The backward pass recomputes the
+        probabilities, second derivatives too, at the flops, the memory and the precision of
+        `kernel_mean`.
 
     Accuracy:
         That of `kernel_mean`, with s the smallest epsilon. The weights of a row sum to 1, however
