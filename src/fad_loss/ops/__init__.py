@@ -227,11 +227,12 @@ def kernel_mean(
         whose ratios are powers of 2 or of its root share one exponential. The backward pass
         recomputes each pair's weight: 4 N M C flops for the gradient of x and as much for that of
         y; on a GPU wider points (from 64 channels on in float32, 128 in tf32, 256 in half
-        precision) recompute it once for each so many channels. Second derivatives take 10 N M C. Beyond results and gradients, memory holds centered copies of the points, and
-        on a CPU tiles of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by
-        rows, without atomics. float32 products follow
-        ``torch.set_float32_matmul_precision`` as in `nearest` on a GPU, and here the result does
-        too; up to C = 16 differences are summed. float64 takes the tiled path.
+        precision) recompute it once for each so many channels. Second derivatives take 10 N M C.
+        Beyond results and gradients, memory holds centered copies of the points, and on a CPU tiles
+        of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by rows, without
+        atomics. float32 products follow ``torch.set_float32_matmul_precision`` as in `nearest` on a
+        GPU, and here the result does too; up to C = 16 differences are summed. float64 takes the
+        tiled path.
 
     Accuracy:
         With t = 2^-14 in float32 (and half precision) and 2^-43 in float64, and with s the scale of
