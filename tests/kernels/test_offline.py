@@ -54,7 +54,9 @@ def test_every_entry_says_what_limits_it(path):
     for entry in json.loads(path.read_text())["kernels"]:
         cycles = entry["limits"]
         assert set(cycles) == {"issue", "tensor", "l2", "exponential"}
-        assert cycles["issue"] > 0
+        # Of few channels and few columns there is no loop to count.
+        looped = entry["format"] != "direct" or not entry["kernel"].startswith("small_")
+        assert cycles["issue"] > 0 or not looped
         assert (cycles["tensor"] == 0) == (entry["format"] == "direct")
         assert entry["registers"] <= 255
 
