@@ -23,9 +23,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from pretend import OnCpu, pretended_gpu
 
-ROOT = Path(__file__).resolve().parents[1]
 REHEARSE = os.environ.get("FAD_GPU_REHEARSE") == "1"
 
 
@@ -57,22 +56,6 @@ def deal(names: list[str], seconds: dict[str, float], number: int) -> list[list[
     return shares
 
 
-class _OnCpu(TorchFunctionMode):
-    """What asks for the GPU gets the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        kwargs = {name: self.replaced(value) for name, value in (kwargs or {}).items()}
-        return function(*[self.replaced(value) for value in args], **kwargs)
-
-    @staticmethod
-    def replaced(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("cuda"):
-            return "cpu"
-        if isinstance(value, torch.device) and value.type == "cuda":
-            return torch.device("cpu")
-        return value
-
-
 class Shares:
     """The hooks."""
 
@@ -86,21 +69,10 @@ class Shares:
 
     def pytest_sessionstart(self) -> None:
         """The GPU that is not there."""
-        if not REHEARSE:
-            return
-        sys.path.insert(0, str(ROOT / "tests" / "kernels"))
-        from stub import stub_gpu  # noqa: PLC0415
-
-        self.counts = self.stack.enter_context(stub_gpu(90, pytest.MonkeyPatch()))
-        silenced: list[tuple[Any, str, Any]] = [
-            *((torch.cuda, name, None) for name in ("synchronize", "reset_peak_memory_stats")),
-            *((torch.cuda, name, 0) for name in ("memory_allocated", "max_memory_allocated")),
-            (torch.cuda, "set_sync_debug_mode", None),
-            (torch.cuda, "mem_get_info", (0, 0)),
-            (torch.testing, "assert_close", None),
-        ]
-        for module, name, result in silenced:
-            self.stack.enter_context(mock.patch.object(module, name, return_value=result))
+        if REHEARSE:
+            self.counts = self.stack.enter_context(pretended_gpu())
+            # What a test says of values is not heard.
+            self.stack.enter_context(mock.patch.object(torch.testing, "assert_close"))
 
     def pytest_sessionfinish(self) -> None:
         """As it was."""
@@ -122,12 +94,13 @@ class Shares:
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = chosen
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any) -> bool | None:
         """Begin no test after the end."""
-        if time.time() > self.deadline:
-            item.session.shouldstop = "the time of this call is over"
-        return (yield)
+        if time.time() <= self.deadline:
+            return None
+        item.session.shouldstop = "the time of this call is over"
+        return True
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Iterator[None]:
@@ -136,7 +109,7 @@ class Shares:
         self.counts.launched.clear()
         if not REHEARSE:
             return (yield)
-        with _OnCpu():
+        with OnCpu():
             return (yield)
 
     @pytest.hookimpl(wrapper=True)

@@ -29,19 +29,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from estimates import limits
 from fad_loss.ops import _triton
-from fad_loss.ops._triton import configurations, prepare, search, small
-from fad_loss.ops._triton.configurations import entries
+from fad_loss.ops._triton import configurations, prepare, search, small, smooth_minimum
+from fad_loss.ops._triton.configurations import Tile, entries, fitting
 from fad_loss.ops._triton.prepare import padded
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -66,13 +69,12 @@ TYPES = {
     torch.int64: "*i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-# Formats, each with the channels that make a difference: all in one block, or in several, where the
-# loop is the same from two on.
+# Formats, each with the channels that can make a difference.
 FORMATS = {
     "direct": (torch.float32, "highest", (3,)),
     "tf32x3": (torch.float32, "highest", (32, 256)),
-    "tf32": (torch.float32, "high", (32, 256)),
-    "half": (torch.bfloat16, "high", (64, 256)),
+    "tf32": (torch.float32, "high", (32, 64, 128, 256, 512)),
+    "half": (torch.bfloat16, "high", (64, 128, 256, 512)),
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
 KERNELS = (
@@ -82,50 +84,61 @@ KERNELS = (
 NEIGHBORS = {"scan": 1, "shortlist": 60, "longlist": 64}
 
 
-def record(
-    kernel: str, dtype: torch.dtype, precision: str, channels: int
-) -> list[tuple[Any, dict[str, Any]]]:
-    """The launches that the library makes for one problem, without making them."""
-    launches: list[tuple[Any, dict[str, Any]]] = []
+Launches = list[tuple[Any, dict[str, Any]]]
+
+
+def recorded(call: Callable[[], object], precision: str) -> Launches:
+    """The launches that a call of the backend makes, without making them."""
+    launches: Launches = []
 
     def keep(function: Any, _: tuple[int, ...], arguments: dict[str, Any]) -> None:
         launches.append((function, arguments))
 
-    modules = (configurations, prepare, search, small)
-    saved = [module.launch for module in modules]
+    modules = (configurations, prepare, search, small, smooth_minimum)
     before = torch.get_float32_matmul_precision()
-    for module in modules:
-        module.launch = keep  # type: ignore[assignment]
     torch.set_float32_matmul_precision(precision)
     try:
-        x = torch.empty(100_000, channels, dtype=dtype, device="meta")
-        values = torch.empty(100_000, 4, device="meta")
-        offsets = torch.empty(9, dtype=torch.int64, device="meta")
-        clouds = (True, offsets, offsets)
-        epsilon = [0.3, 0.5, 0.7, 1.0]
-        moves = x.to(torch.float32)
-        few = torch.empty(8, small.LARGEST, channels, dtype=dtype, device="meta")
-        some = torch.empty(8, small.LARGEST, 4, device="meta")
-        whole = (True, None, None)
-        if kernel == "reduce":
-            _triton.softmin(x, x, values, epsilon, *clouds)
-        elif kernel == "backward":
-            _triton.softmin_backward(values, x, x, values, values, epsilon, *clouds, True, True)
-        elif kernel == "small_reduce":
-            _triton.softmin(few, few, some, epsilon, *whole)
-        elif kernel == "small_backward":
-            _triton.softmin_backward(some, few, few, some, some, epsilon, *whole, True, True)
-        elif kernel == "double_backward":
-            _triton.softmin_double_backward(
-                moves, moves, values, values, x, x, values, values, epsilon, *clouds
-            )
-        else:
-            _triton.knn(x, x, NEIGHBORS[kernel], *clouds)
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(mock.patch.object(module, "launch", keep))
+            call()
     finally:
         torch.set_float32_matmul_precision(before)
-        for module, launch in zip(modules, saved, strict=True):
-            module.launch = launch
     return launches
+
+
+def main_launch(launches: Launches) -> tuple[Any, dict[str, Any]]:
+    """The last one of a kernel that walks over pairs."""
+    others = {"prepare_kernel", "center_kernel", "rerank_kernel", "merge_kernel"}
+    return [launch for launch in launches if launch[0].fn.__name__ not in others][-1]
+
+
+def heaviest(kernel: str, dtype: torch.dtype, channels: int) -> Callable[[], object]:
+    """A call that launches the kernel as it needs the most registers."""
+    x = torch.empty(100_000, channels, dtype=dtype, device="meta")
+    values = torch.empty(100_000, 4, device="meta")
+    offsets = torch.empty(9, dtype=torch.int64, device="meta")
+    clouds = (True, offsets, offsets)
+    epsilon = [0.3, 0.5, 0.7, 1.0]
+    moves = x.to(torch.float32)
+    few = torch.empty(8, small.LARGEST, channels, dtype=dtype, device="meta")
+    some = torch.empty(8, small.LARGEST, 4, device="meta")
+    whole = (True, None, None)
+    both = values, values, values, epsilon
+    calls: dict[str, Callable[[], object]] = {
+        "reduce": lambda: _triton.softmin(x, x, values, epsilon, *clouds),
+        "backward": lambda: _triton.softmin_backward(
+            values, x, x, values, values, epsilon, *clouds, True, True
+        ),
+        "small_reduce": lambda: _triton.softmin(few, few, some, epsilon, *whole),
+        "small_backward": lambda: _triton.softmin_backward(
+            some, few, few, some, some, epsilon, *whole, True, True
+        ),
+        "double_backward": lambda: _triton.softmin_double_backward(
+            moves, moves, values, values, x, x, *both, *clouds
+        ),
+    }
+    return calls.get(kernel, lambda: _triton.knn(x, x, NEIGHBORS[kernel], *clouds))
 
 
 def compiled(function: Any, arguments: dict[str, Any], architecture: int) -> Any:
@@ -152,14 +165,18 @@ def compiled(function: Any, arguments: dict[str, Any], architecture: int) -> Any
     return triton.compile(source, target=target, options=options)
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and stack of a compiled kernel, as cuobjdump reports them."""
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a compiled kernel, as cuobjdump reports them."""
+    text = _cuobjdump(cubin, "-res-usage")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
@@ -176,12 +193,42 @@ def narrow_offsets(ttir: str) -> int:
     return sum(name not in constants for name in added)
 
 
+def loops(cubin: bytes) -> tuple[int, int]:
+    """Machine instructions of the loop over the columns, and of the loop over channels inside.
+
+    The largest backward jump is the loop over the columns; the largest well inside it, if there is
+    any, that over blocks of channels. Waiting for a barrier is a loop of a few instructions.
+    """
+    text = _cuobjdump(cubin, "-sass")
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)
+    places = [int(address, 16) for address, _ in lines]
+    found = []
+    for place, (_, instruction) in zip(places, lines, strict=True):
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", instruction)
+        if jump and int(jump[1], 16) < place:
+            found.append((int(jump[1], 16), place))
+    sizes = {span: sum(span[0] <= place <= span[1] for place in places) for span in found}
+    if not sizes:
+        return 0, 0
+    outer = max(sizes, key=lambda span: sizes[span])
+    inside = [
+        size
+        for span, size in sizes.items()
+        if outer[0] < span[0] and span[1] < outer[1] and 40 <= size < 0.95 * sizes[outer]
+    ]
+    return sizes[outer], max(inside, default=0)
+
+
 def describe(function: Any, arguments: dict[str, Any], architecture: int) -> dict[str, Any]:
     """Compile, and count."""
     result = compiled(function, arguments, architecture)
     ptx = result.asm["ptx"]
+    loop, inner = loops(result.asm["cubin"])
     return {
         **usage(result.asm["cubin"]),
+        "loop": loop,
+        "inner_loop": inner,
+        "limits": limits(function.fn.__name__, arguments, architecture, (loop, inner)),
         "shared": result.metadata.shared,
         "instructions": {
             name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()
@@ -221,25 +268,42 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
     for architecture in architectures:
         for kernel in kernels:
             for form, (_, _, widths) in FORMATS.items():
-                for number in range(len(entries(kernel, form, architecture // 10))):
-                    for channels in widths:
-                        yield {
-                            "kernel": kernel,
-                            "format": form,
-                            "channels": channels,
-                            "entry": number,
-                            "architecture": architecture,
-                        }
+                tiles = entries(kernel, form, architecture // 10)
+                for number, channels in used(kernel, tiles, widths):
+                    yield {
+                        "kernel": kernel,
+                        "format": form,
+                        "channels": channels,
+                        "entry": number,
+                        "architecture": architecture,
+                    }
+
+
+def used(
+    kernel: str, tiles: tuple[Tile, ...], widths: tuple[int, ...]
+) -> Iterator[tuple[int, int]]:
+    """Entries of the table with the channels that they are used for and that differ to them."""
+    if kernel.startswith("small_"):
+        # More channels are more rounds of the same loop.
+        yield from ((number, widths[-1]) for number in range(len(tiles)))
+        return
+    forms: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for channels in widths if tiles else ():
+        stored = padded(channels)
+        for number in fitting(tiles, stored):
+            # Of those that are kept the most are the worst; where blocks are reread the loop is the
+            # same from two on.
+            kept = stored <= tiles[number].all_kept
+            reread = () if kept else tuple(tiles[number].arguments(stored).items())
+            forms[number, kept, reread] = number, channels
+    yield from forms.values()
 
 
 def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """A case's kernel, its arguments, and those of them that are its tile."""
     dtype, precision, _ = FORMATS[case["format"]]
-    function, arguments = [
-        (f, a)
-        for f, a in record(case["kernel"], dtype, precision, case["channels"])
-        if f.fn.__name__ not in {"prepare_kernel", "center_kernel", "rerank_kernel"}
-    ][-1]
+    call = heaviest(case["kernel"], dtype, case["channels"])
+    function, arguments = main_launch(recorded(call, precision))
     stored = padded(case["channels"])
     tiles = entries(case["kernel"], case["format"], case["architecture"] // 10)
     tile = tiles[case["entry"]].arguments(stored)
@@ -262,6 +326,8 @@ def functions() -> dict[str, ast.FunctionDef]:
             if isinstance(node, ast.FunctionDef) and any(
                 "triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list
             ):
+                # What it is for does not change what it compiles to.
+                node.body = node.body[1:] if ast.get_docstring(node) else node.body
                 found[node.name] = node
     return found
 
@@ -297,7 +363,12 @@ def entries_in(path: Path) -> dict[Key, dict[str, Any]]:
 
 def is_current(entry: dict[str, Any] | None, case: dict[str, Any]) -> bool:
     """Whether an entry is of the sources and the table as they are now."""
-    return entry is not None and identity(case).items() <= entry.items()
+    if entry is None or not identity(case).items() <= entry.items() or "loop" not in entry:
+        return False
+    function, arguments, _ = launched(case)
+    counted = entry["loop"], entry["inner_loop"]
+    wanted = limits(function.fn.__name__, arguments, case["architecture"], counted)
+    return bool(entry["limits"] == wanted)
 
 
 def check(path: Path) -> int:

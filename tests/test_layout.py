@@ -18,11 +18,11 @@ FLOORS = [
     ("_entrance", "loss"),
     ("distiller",),
     ("__init__",),
-    ("_selfcheck", "__main__"),
+    ("_selfcheck", "_measure", "__main__"),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 OPS = [
-    ("kernels", "_dense", "_precision", "_backends", "_inputs"),
+    ("kernels", "_dense", "_precision", "_backends", "_inputs", "_cost"),
     ("_tiled", "_library"),
     ("_triton",),
     ("__init__",),

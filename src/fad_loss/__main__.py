@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from fad_loss._measure import measure
 from fad_loss._selfcheck import Outcome, devices, environment, self_check
+from fad_loss.ops._cost import name_of, remember
 
 
 def _print_environment(found: dict[str, Any]) -> None:
@@ -93,6 +95,16 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+def _measure() -> int:
+    """Measure every device, and say where the constants are."""
+    for device in devices():
+        machine = measure(device)
+        print(f"{name_of(device)}: {json.dumps(asdict(machine))}")
+        path = remember(device, machine)
+        print(f"kept in {path}" if path else "not kept: set FAD_LOSS_CACHE to a folder")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Report on this machine, check the operations, and return the exit status."""
     parser = argparse.ArgumentParser(
@@ -100,7 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--verbose", action="store_true", help="print every check, not a summary")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the constants of ops.cost, and keep them"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.measure:
+        return _measure()
 
     outcomes = []
     with _quiet():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -16,24 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import kernels_report
 from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _triton
-from fad_loss.ops._triton import configurations, prepare, search, small
 
 
 def launches(function, *arguments):
     """What a function of the backend would launch, on meta tensors."""
-    recorded = []
-
-    def keep(kernel, _, arguments):
-        recorded.append((kernel, arguments))
-
-    with (
-        mock.patch.object(configurations, "launch", keep),
-        mock.patch.object(prepare, "launch", keep),
-        mock.patch.object(search, "launch", keep),
-        mock.patch.object(small, "launch", keep),
-    ):
-        function(*arguments)
-    return recorded
+    return kernels_report.recorded(lambda: function(*arguments), "highest")
 
 
 def cases():

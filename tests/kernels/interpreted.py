@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _dense, _tiled, _triton
-from fad_loss.ops._triton import kernel_sums, prepare, small
+from fad_loss.ops._triton import configurations, kernel_sums, prepare, small
 from fad_loss.ops._triton.launch import INTERPRETED
 
 if not INTERPRETED:
@@ -87,6 +87,22 @@ def first_and_second(function, tensors, moves):
     return value, grad.detach().float(), first, second
 
 
+def softmin(*arguments):
+    """The result alone."""
+    return _triton.softmin(*arguments)[0]
+
+
+def softmin_backward(grad, x, y, bias, found, *others):
+    """As `_library` calls it, with what softmin has returned."""
+    _, least, total = found
+    grad = grad / torch.where(total > 0, total, 1.0)
+    return _triton.softmin_backward(grad, x, y, bias, least, *others)
+
+
+def softmin_double_backward(u, v, t, grad, x, y, bias, found, *others):
+    return _triton.softmin_double_backward(u, v, t, grad, x, y, bias, *found[1:], *others)
+
+
 # ------------------------------------------------------------------------------------- softmin
 
 
@@ -96,7 +112,7 @@ def test_softmin(shape):
     x, y = clouds(*shape)
     bias = torch.randn(*y.shape[:2], 2)
     want = _dense.softmin(*double(x, y, bias), EPSILON, exclude_self=False)
-    close(_triton.softmin(x, y, bias, EPSILON, False, None, None), want)
+    close(softmin(x, y, bias, EPSILON, False, None, None), want)
 
 
 @pytest.mark.parametrize("dtype, precision, tolerance", FORMATS)
@@ -108,21 +124,22 @@ def test_softmin_gradients(dtype, precision, tolerance):
     xd, yd, bd = double(x, y, bias)
     want = _dense.softmin(xd, yd, bd, EPSILON, exclude_self=True)
     grad = torch.randn(want.shape)
-    out = _triton.softmin(x, y, bias, EPSILON, True, None, None)
+    found = _triton.softmin(x, y, bias, EPSILON, True, None, None)
+    out = found[0]
     close(out, want, tolerance)
     wanted = torch.autograd.grad(want, (xd, yd, bd), grad.double())
-    got = _triton.softmin_backward(grad, x, y, bias, out, EPSILON, True, None, None, True, True)
+    got = softmin_backward(grad, x, y, bias, found, EPSILON, True, None, None, True, True)
     for a, b in zip(got, wanted, strict=True):
         close(a, b, tolerance)
 
 
 def test_softmin_gradient_of_some():
     x, y = clouds(1, 20, 30, 8)
-    out = _triton.softmin(x, y, None, EPSILON, False, None, None)
-    arguments = torch.ones(1, 20, 2), x, y, None, out, EPSILON, False, None, None
-    both = _triton.softmin_backward(*arguments, True, True)
-    neither = _triton.softmin_backward(*arguments, False, False)
-    bias = _triton.softmin_backward(*arguments, False, True)
+    found = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    arguments = torch.ones(1, 20, 2), x, y, None, found, EPSILON, False, None, None
+    both = softmin_backward(*arguments, True, True)
+    neither = softmin_backward(*arguments, False, False)
+    bias = softmin_backward(*arguments, False, True)
     assert neither[1].shape == neither[2].shape == bias[1].shape == (0,)
     assert torch.equal(both[0], neither[0])
     assert torch.equal(both[2], bias[2])
@@ -142,10 +159,8 @@ def test_softmin_second_derivatives(C, full):
         tensors,
         [u, v, t] if full else [u, v],
     )
-    out = _triton.softmin(x, y, bias, EPSILON, False, None, None)
-    got = _triton.softmin_double_backward(
-        u, v, t, grad, x, y, bias, out, EPSILON, False, None, None
-    )
+    found = _triton.softmin(x, y, bias, EPSILON, False, None, None)
+    got = softmin_double_backward(u, v, t, grad, x, y, bias, found, EPSILON, False, None, None)
     for a, b in zip(got, wanted, strict=False):
         close(a, b, 2e-5)
 
@@ -159,12 +174,13 @@ def test_many_temperatures_are_done_in_groups():
     want, grad, first, second = first_and_second(
         lambda *a: _dense.softmin(*a, epsilon, exclude_self=False), tensors, moves
     )
-    out = _triton.softmin(x, y, bias, epsilon, False, None, None)
+    found = _triton.softmin(x, y, bias, epsilon, False, None, None)
+    out = found[0]
     close(out, want)
-    got = _triton.softmin_backward(grad, x, y, bias, out, epsilon, False, None, None, True, True)
+    got = softmin_backward(grad, x, y, bias, found, epsilon, False, None, None, True, True)
     for a, b in zip(got, first, strict=True):
         close(a, b, 1e-5)
-    got = _triton.softmin_double_backward(*moves, grad, x, y, bias, out, epsilon, False, None, None)
+    got = softmin_double_backward(*moves, grad, x, y, bias, found, epsilon, False, None, None)
     for a, b in zip(got, second, strict=True):
         close(a, b, 3e-5)
 
@@ -289,6 +305,96 @@ def test_the_largest_lists(M, k):
     check_neighbors(x, y, k)
 
 
+# ---------------------------------------------------------------------------- shares of the columns
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """Columns shared out among as many programs as are said, whatever would pay."""
+
+    def among(number):
+        monkeypatch.setattr(configurations, "shares", lambda *limits: min(number, limits[-1]))
+
+    return among
+
+
+def smooth_results(x, y, offsets):
+    """Values and derivatives of the smooth reductions."""
+    torch.manual_seed(1)
+    bias, weights = torch.randn(*y.shape[:-1], 2), torch.rand(y.shape[:-1])
+    moves = torch.randn(x.shape), torch.randn(y.shape)
+    found = _triton.softmin(x, y, bias, EPSILON, False, *offsets)
+    grad = torch.where(found[0].isfinite(), torch.randn(found[0].shape), 0.0)
+    of_softmin = grad, x, y, bias, found, EPSILON, False, *offsets
+    of_sum = x, y, weights, Laplacian(1.0), False, *offsets
+    return [
+        *found,
+        *softmin_backward(*of_softmin, True, True),
+        *softmin_double_backward(*moves, bias, *of_softmin),
+        _triton.kernel_sum(*of_sum),
+        *_triton.kernel_sum_backward(grad[..., 0], *of_sum, True, True),
+        *_triton.kernel_sum_double_backward(*moves, weights, grad[..., 0], *of_sum),
+    ]
+
+
+@pytest.mark.parametrize("C", [3, 40])
+@pytest.mark.parametrize("layout", ["batch", "ragged"])
+def test_shares_of_the_columns_add_up(C, layout, shared):
+    if layout == "batch":
+        x, y = clouds(1, 10, 150, C)
+        offsets = None, None
+    else:
+        x, y, *offsets = ragged_case(C)
+    whole = smooth_results(x, y, offsets)
+    shared(3)
+    parts, again = smooth_results(x, y, offsets), smooth_results(x, y, offsets)
+    for a, b, c in zip(whole, parts, again, strict=True):
+        assert torch.equal(b, c)
+        close(b, a.double(), 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_shares_of_the_columns_find_the_same_neighbors(k, shared):
+    x, y = clouds(1, 10, 300, 20)
+    y[0, 250:] = y[0, :50]  # ties, in different shares
+    whole = _triton.knn(x, y, k, False, None, None)
+    for number in (2, 3, 500):
+        shared(number)
+        distance, index = _triton.knn(x, y, k, False, None, None)
+        assert torch.equal(index, whole[1])
+        # Longer lists add up fewer channels at a time.
+        torch.testing.assert_close(distance, whole[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "programs, walk, slots, most, number",
+    [
+        (1, 15_625, 132, 128, 128),  # 64 x 1,000,000
+        (1, 15_625, 132, 8, 8),
+        (64, 128, 132, 128, 2),  # 8192 x 8192 in tiles of 128 rows
+        (128, 128, 264, 128, 2),
+        (4000, 128, 132, 128, 1),
+        (1, 3, 132, 128, 1),
+        (0, 3, 132, 128, 1),
+    ],
+)
+def test_how_many_shares(programs, walk, slots, most, number):
+    assert configurations.shares(programs, walk, slots, most) == number
+
+
+@pytest.mark.usefixtures("route")
+def test_weights_sum_to_one_however_large_distances_are_beside_epsilon():
+    """exp((out - d) / eps) would be off by the rounding of out, divided by epsilon."""
+    x, y = torch.randn(1, 30, 3) + 100, torch.randn(1, 50, 3)
+    bias = torch.randn(1, 50, 1)
+    found = _triton.softmin(x, y, bias, [0.01], False, None, None)
+    assert float(found[0].min()) > 10_000
+    gradients = softmin_backward(
+        torch.ones(1, 30, 1), x, y, bias, found, [0.01], False, None, None, True, True
+    )
+    assert float(gradients[2].sum()) == pytest.approx(-30, rel=1e-5)
+
+
 # ------------------------------------------------------------------------------ ragged and edges
 
 X_OFFSETS = torch.tensor([0, 5, 5, 40, 41, 41])
@@ -312,13 +418,14 @@ def test_ragged_softmin_equals_a_loop(same):
     )
     loop = lambda x, y, h: _dense.per_cloud(reference, x, *offsets, y, h)[0]  # noqa: E731
     want, grad, first, second = first_and_second(loop, tensors, moves)
-    out = _triton.softmin(x, y, bias, EPSILON, same, *offsets)
+    found = _triton.softmin(x, y, bias, EPSILON, same, *offsets)
+    out = found[0]
     close(out, want)
-    got = _triton.softmin_backward(grad, x, y, bias, out, EPSILON, same, *offsets, True, True)
+    got = softmin_backward(grad, x, y, bias, found, EPSILON, same, *offsets, True, True)
     for a, b in zip(got, first, strict=True):
         close(a, b, 1e-5)
     moves = [t.float() for t in moves]
-    got = _triton.softmin_double_backward(*moves, grad, x, y, bias, out, EPSILON, same, *offsets)
+    got = softmin_double_backward(*moves, grad, x, y, bias, found, EPSILON, same, *offsets)
     for a, b in zip(got, second, strict=True):
         close(a, b, 3e-5)
 
@@ -367,25 +474,27 @@ def test_many_ragged_clouds():
 
 def test_another_clouds_nan_stays_there():
     x, y, *offsets = ragged_case()
-    clean = _triton.softmin(x, y, None, EPSILON, False, *offsets)
+    found = _triton.softmin(x, y, None, EPSILON, False, *offsets)
+    clean = found[0]
     grad = torch.ones(clean.shape)
-    backward = grad, x, y, None, clean, EPSILON, False, *offsets, True, True
-    clean_gradient = _triton.softmin_backward(*backward)[0]
+    backward = grad, x, y, None, found, EPSILON, False, *offsets, True, True
+    clean_gradient = softmin_backward(*backward)[0]
     y[20:53] = torch.nan
-    out = _triton.softmin(x, y, None, EPSILON, False, *offsets)
+    out = softmin(x, y, None, EPSILON, False, *offsets)
     assert torch.equal(out[:5], clean[:5])
     assert out[40:41].isnan().all()
-    after = _triton.softmin_backward(grad, x, y, None, clean, EPSILON, False, *offsets, True, True)
+    after = softmin_backward(grad, x, y, None, found, EPSILON, False, *offsets, True, True)
     assert torch.equal(after[0][:5], clean_gradient[:5])
 
 
 @pytest.mark.parametrize("N, M", [(0, 5), (5, 0), (0, 0)])
 def test_no_points(N, M):
     x, y = torch.randn(2, N, 20), torch.randn(2, M, 20)
-    out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    found = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    out = found[0]
     assert torch.equal(out, torch.full((2, N, 2), torch.inf))
-    grads = _triton.softmin_backward(
-        torch.ones(2, N, 2), x, y, None, out, EPSILON, False, None, None, True, True
+    grads = softmin_backward(
+        torch.ones(2, N, 2), x, y, None, found, EPSILON, False, None, None, True, True
     )
     assert all((g == 0).all() for g in grads)
     assert torch.equal(
@@ -400,10 +509,11 @@ def test_points_left_out_by_their_weight():
     x, y = clouds(1, 10, 20, 20)
     bias = torch.zeros(1, 20, 1)
     bias[:, 10:] = -torch.inf
-    out = _triton.softmin(x, y, bias, [0.5], False, None, None)
+    found = _triton.softmin(x, y, bias, [0.5], False, None, None)
+    out = found[0]
     close(out, _dense.softmin(*double(x, y[:, :10]), None, [0.5], exclude_self=False))
-    got = _triton.softmin_backward(
-        torch.ones(out.shape), x, y, bias, out, [0.5], False, None, None, True, True
+    got = softmin_backward(
+        torch.ones(out.shape), x, y, bias, found, [0.5], False, None, None, True, True
     )
     assert all(g.isfinite().all() for g in got)
     assert (got[1][:, 10:] == 0).all()
@@ -412,7 +522,7 @@ def test_points_left_out_by_their_weight():
 def test_an_awkward_size():
     x, y = clouds(1, 252, 507, 123)
     want = _dense.softmin(*double(x, y), None, [0.5], exclude_self=False)
-    close(_triton.softmin(x, y, None, [0.5], False, None, None), want)
+    close(softmin(x, y, None, [0.5], False, None, None), want)
 
 
 # N and M around the largest that one tile holds, several tiles of rows, and rows that are few.
@@ -427,10 +537,11 @@ def test_small_clouds_and_the_first_large_ones_softmin(N, M, C):
     tensors = double(x, y, bias)
     want = _dense.softmin(*tensors, EPSILON, exclude_self=False)
     grad = torch.randn(want.shape)
-    out = _triton.softmin(x, y, bias, EPSILON, False, None, None)
+    found = _triton.softmin(x, y, bias, EPSILON, False, None, None)
+    out = found[0]
     close(out, want)
     wanted = torch.autograd.grad(want, tensors, grad.double())
-    got = _triton.softmin_backward(grad, x, y, bias, out, EPSILON, False, None, None, True, True)
+    got = softmin_backward(grad, x, y, bias, found, EPSILON, False, None, None, True, True)
     for a, b in zip(got, wanted, strict=True):
         close(a, b, 1e-5)
 
@@ -454,9 +565,9 @@ def test_small_clouds_far_from_the_origin_kernel_sum(kernel, N, M):
 
 def test_one_of_many_clouds_with_nan_does_not_spoil_the_others():
     x, y = clouds(3, 20, 30, 24)
-    clean = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    clean = softmin(x, y, None, EPSILON, False, None, None)
     y[1, 4, 3] = torch.nan
-    out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    out = softmin(x, y, None, EPSILON, False, None, None)
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
     assert out[1].isnan().all()
 
@@ -464,8 +575,8 @@ def test_one_of_many_clouds_with_nan_does_not_spoil_the_others():
 def test_views_and_repetition():
     x, y = clouds(2, 20, 30, 24)
     view = x.mT.contiguous().mT
-    first = _triton.softmin(view, y, None, EPSILON, False, None, None)
-    assert torch.equal(first, _triton.softmin(x, y, None, EPSILON, False, None, None))
+    first = softmin(view, y, None, EPSILON, False, None, None)
+    assert torch.equal(first, softmin(x, y, None, EPSILON, False, None, None))
 
 
 # -------------------------------------------------------------------------------- what goes where
@@ -514,7 +625,7 @@ def test_the_newer_switch_for_tf32_is_obeyed():
     try:
         assert prepare.multiply_format(torch.float32, 64).precision == "tf32"
         x, y = clouds(1, 20, 30, 24)
-        out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+        out = softmin(x, y, None, EPSILON, False, None, None)
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
     close(out, _dense.softmin(*double(x, y), None, EPSILON, exclude_self=False), 2e-3)
@@ -527,13 +638,12 @@ def test_nan_stays_nan_when_rounded(bits, precision):
     torch.set_float32_matmul_precision(precision)
     x, y = clouds(1, 20, 30, 40)
     x[0, 3, 7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    out = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    found = _triton.softmin(x, y, None, EPSILON, False, None, None)
+    out = found[0]
     assert out[0, 3].isnan().all()
     assert out[0, :3].isfinite().all()
     grad = torch.ones(out.shape)
-    dx, dy, _ = _triton.softmin_backward(
-        grad, x, y, None, out, EPSILON, False, None, None, True, False
-    )
+    dx, dy, _ = softmin_backward(grad, x, y, None, found, EPSILON, False, None, None, True, False)
     assert dx[0, 3].isnan().all()
     assert dx[0, 4:].isfinite().all()
     assert dy.isnan().any()

@@ -49,6 +49,29 @@ def test_reports_of_the_oldest_and_the_newest_supported_triton():
     assert {"3.6", "3.9"} <= versions
 
 
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_every_entry_says_what_limits_it(path):
+    for entry in json.loads(path.read_text())["kernels"]:
+        cycles = entry["limits"]
+        assert set(cycles) == {"issue", "tensor", "l2", "exponential"}
+        # Of few channels and few columns there is no loop to count.
+        looped = entry["format"] != "direct" or not entry["kernel"].startswith("small_")
+        assert cycles["issue"] > 0 or not looped
+        assert (cycles["tensor"] == 0) == (entry["format"] == "direct")
+        assert entry["registers"] <= 255
+
+
+def test_the_page_shows_the_estimates(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import estimates
+
+    report = json.loads(estimates.OUTPUT.read_text())
+    assert estimates.page(report["kernels"]) in estimates.PAGE.read_text()
+    assert [(e["kernel"], e["format"], e["channels"]) for e in report["kernels"]] == (
+        estimates.KERNEL_CASES
+    )
+
+
 @pytest.mark.parametrize("kernel, architecture", SAMPLES)
 def test_compiled_again(kernel, architecture, tmp_path):
     output = tmp_path / "report.json"

@@ -1,11 +1,13 @@
 """Every operation on GPUs that are not there (`stub.py`): does it compile, launch, and how often?
 
 Values are not looked at, which the interpreter's tests do; nor registers, which the report does.
-Hopper gets every format, and each of the other architectures every operation, formats in turn.
+Hopper gets every format. The other architectures get every operation in every dtype; how float32 is
+multiplied takes turns.
 """
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -33,10 +35,12 @@ OPERATIONS = {
     "nearest": (5, 5, 5),
     "knn": (5, 5, 5),
 }
+SINGLE = [form for form, (dtype, *_) in FORMS.items() if dtype == torch.float32]
 CASES = [(90, form, operation) for form in FORMS for operation in OPERATIONS] + [
-    (architecture, list(FORMS)[(number + place) % 4], operation)
+    (architecture, form, operation)
     for place, architecture in enumerate((80, 100, 120))
     for number, operation in enumerate(OPERATIONS)
+    for form in ("bfloat16", "float16", SINGLE[(number + place) % 4])
 ]
 
 
@@ -84,8 +88,10 @@ def test_forward_backward_and_twice(architecture, form, operation, monkeypatch):
 @pytest.mark.parametrize("form", ["direct", "tf32x3"])
 def test_another_size_in_the_same_bucket_compiles_nothing(form, monkeypatch):
     with stub_gpu(90, monkeypatch) as counts:
-        for operation in OPERATIONS:
-            run(operation, *clouds(form), "auto").sum().backward()
+        # Columns that one program walks over, and columns that several share.
+        for sizes in ((2, 300, 170), (1, 20, 9000)):
+            for operation in OPERATIONS:
+                run(operation, *clouds(form, *sizes), "auto").sum().backward()
         counts.clear()
         for N, M in ((301, 171), (256, 128), (1000, 1), (1, 4096)):
             for operation in OPERATIONS:
@@ -104,15 +110,33 @@ def test_ragged_clouds(monkeypatch):
         assert len(counts.launched) == 9
 
 
-@pytest.mark.parametrize("form", ["tf32x3", "bfloat16"])
-def test_one_graph_for_the_compiler(form, monkeypatch):
+@pytest.mark.parametrize("rows, columns", [(64, 1_000_000), (8192, 8192)])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_few_rows_fill_the_device(operation, rows, columns, monkeypatch):
+    """Columns are shared out where there are too few tiles of rows, backward too."""
+    with stub_gpu(90, monkeypatch) as counts:
+        x, y = torch.randn(1, rows, 3, requires_grad=True), torch.randn(1, columns, 3)
+        run(operation, x, y, "triton").sum().backward()
+        programs = {name.removesuffix("_kernel"): math.prod(grid) for name, grid in counts.launched}
+        main = {"softmin": "softmin", "kernel_mean": "kernel_sum"}
+        names = [main[operation], "backward"] if operation in main else ["scan", "shortlist"]
+        # 31 lists of 32 candidates are all that one row can choose 20 neighbors from.
+        least = 32 if operation == "knn" and rows == 64 else 128
+        assert all(programs.get(name, 1 << 30) >= least for name in names)
+        assert set(names) & set(programs)
+
+
+@pytest.mark.parametrize(
+    "architecture, form", [(90, "tf32x3"), *((number, "bfloat16") for number in MACHINES)]
+)
+def test_one_graph_for_the_compiler(architecture, form, monkeypatch):
     """``fullgraph=True``, forward and backward, with the choice of the backend left to `auto`."""
 
     def everything(x, y):
         return sum(run(operation, x, y, "auto").float().mean() for operation in OPERATIONS)
 
     torch._dynamo.reset()
-    with stub_gpu(90, monkeypatch) as counts:
+    with stub_gpu(architecture, monkeypatch) as counts:
         compiled = torch.compile(everything, fullgraph=True, backend="aot_eager", dynamic=True)
         compiled(*clouds(form)).backward()
         assert {name.removesuffix("_kernel") for name, _ in counts.launched} >= {
@@ -124,9 +148,10 @@ def test_one_graph_for_the_compiler(form, monkeypatch):
         assert len(counts.launched) <= 4 + 4 + 5 + 5 + 5 + 5
 
 
-def test_a_step_of_the_loss(monkeypatch):
+@pytest.mark.parametrize("architecture", MACHINES)
+def test_a_step_of_the_loss(architecture, monkeypatch):
     """The default loss, on the clouds that it trains with."""
-    with stub_gpu(90, monkeypatch) as counts:
+    with stub_gpu(architecture, monkeypatch) as counts:
         loss = FeatureAdversarialLoss(student_channels=64, teacher_channels=128)
         student = torch.randn(8, 128, 64, requires_grad=True)
         teacher = torch.randn(8, 128, 128)

@@ -104,10 +104,10 @@ def test_a_step_of_the_loss(name, masked, no_waiting, monkeypatch):
         loss = FeatureAdversarialLoss(student_channels=24, teacher_channels=40, **options)
         student = torch.randn(2, 70, 24, requires_grad=True)
         teacher = torch.randn(2, 70, 40)
-        mask = torch.rand(2, 70) > 0.3 if masked else None
+        given = {"mask": torch.rand(2, 70) > 0.3} if masked else {}
         with no_waiting():
             for _ in range(2):
-                loss(student, teacher, mask=mask).backward()
+                loss(student, teacher, **given).backward()
 
 
 def test_the_operations(no_waiting, monkeypatch):

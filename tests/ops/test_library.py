@@ -83,7 +83,7 @@ def test_opcheck_softmin(form, biased, fused):
     for directions in ((u, v, t), (u, None, None)):
         torch.library.opcheck(
             _library.softmin_double_backward,
-            (*directions, grad, x, y, bias, least, epsilon, *clouds),
+            (*directions, grad, x, y, bias, least, total, epsilon, *clouds),
             test_utils=("test_schema", "test_faketensor"),
         )
 

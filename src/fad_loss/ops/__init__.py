@@ -12,7 +12,7 @@ For clouds x `(B, N, C)` and y `(B, M, C)`, with :math:`d_{ij} = |x_i - y_j|^2`:
 Clouds of unequal size come as jagged nested tensors (`fad_loss.ragged`), and so do the results.
 Every operation takes ``backend="auto" | "triton" | "tiled" | "dense"``: the fused kernels, tiles of
 matrix products in plain PyTorch, or the N x M reference. `auto` chooses; an explicit backend that
-cannot run raises and says why.
+cannot run raises and says why. `cost` predicts time and memory of each.
 
 Half-precision inputs are accumulated, and their results returned, in float32. Results and gradients
 are bitwise repeatable.
@@ -37,6 +37,7 @@ from torch import Tensor
 from fad_loss._checks import check_finite, look
 from fad_loss.ops import _dense, _library
 from fad_loss.ops._backends import select
+from fad_loss.ops._cost import Cost, cost
 from fad_loss.ops._inputs import Pair, bias_of, check_pair, check_transforms, mass
 from fad_loss.ops.kernels import (
     Energy,
@@ -49,11 +50,13 @@ from fad_loss.ops.kernels import (
 )
 
 __all__ = [
+    "Cost",
     "Energy",
     "Gaussian",
     "InverseMultiquadric",
     "Kernel",
     "Laplacian",
+    "cost",
     "kernel_mean",
     "knn",
     "nearest",
@@ -92,7 +95,8 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         32 of y, none is recomputed on a CPU: the product is one of float64.) The backward pass is
         O(N C). Up to C = 16 differences are summed instead, 3 N M C flops. Beyond the result,
         memory holds centered copies of x and y, and on a CPU a tile of 16 MiB (64 rows, if those
-        are more); a GPU reads x once and y once per tile of 64 rows, mostly from its L2 cache.
+        are more); a GPU reads x once and y once per tile of 64 or 128 rows, mostly from its L2
+        cache; where these are too few to fill it, several programs share the columns of each.
         float32 products on a GPU follow ``torch.set_float32_matmul_precision``: tf32x3 for
         "highest", tf32 for "high", bfloat16 for "medium"; half precision is multiplied as it is.
         Only the screening becomes coarser. float64 on a GPU takes the tiled path.
@@ -222,12 +226,13 @@ def kernel_mean(
         2 N M C flops a cloud forward, and one exponential or root per pair; Gaussian bandwidths
         whose ratios are powers of 2 or of its root share one exponential. The backward pass
         recomputes each pair's weight: 4 N M C flops for the gradient of x and as much for that of
-        y, up to 128 channels; wider points recompute it once per 128 channels. Second derivatives
-        take 10 N M C. Beyond results and gradients, memory holds centered copies of the points, and
-        on a CPU tiles of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by
-        rows, without atomics. float32 products follow
-        ``torch.set_float32_matmul_precision`` as in `nearest` on a GPU, and here the result does
-        too; up to C = 16 differences are summed. float64 takes the tiled path.
+        y; on a GPU wider points (from 64 channels on in float32, 128 in tf32, 256 in half
+        precision) recompute it once for each so many channels. Second derivatives take 10 N M C.
+        Beyond results and gradients, memory holds centered copies of the points, and on a CPU tiles
+        of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by rows, without
+        atomics. float32 products follow ``torch.set_float32_matmul_precision`` as in `nearest` on a
+        GPU, and here the result does too; up to C = 16 differences are summed. float64 takes the
+        tiled path.
 
     Accuracy:
         With t = 2^-14 in float32 (and half precision) and 2^-43 in float64, and with s the scale of
@@ -346,9 +351,10 @@ def softmin(
 
     Cost:
         2 N M C flops a cloud forward, with a running maximum and sum per row, and one exponential
-        per pair and temperature; up to 4 temperatures share one pass on a GPU, all of them on a
-        CPU. The backward pass recomputes the probabilities, second derivatives too (2 temperatures
-        a pass), at the flops, the memory and the precision of `kernel_mean`.
+        per pair and temperature; up to 4 temperatures share one pass on a GPU (2 backward,
+        and 1 beyond 128 channels), all of them on a CPU. The backward pass recomputes the
+        probabilities, second derivatives too, at the flops, the memory and the precision of
+        `kernel_mean`.
 
     Accuracy:
         That of `kernel_mean`, with s the smallest epsilon. The weights of a row sum to 1, however

@@ -302,9 +302,7 @@ def softmin(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  
     backward needs: exponentials of the result would carry its rounding, divided by eps.
     """
     run = _implementation(backend).softmin
-    found = run(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets)
-    # A backend that returns the result alone keeps its exponentials relative to that.
-    return found if isinstance(found, tuple) else (found, found.clone(), torch.ones_like(found))
+    return run(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets)
 
 
 @softmin.register_fake
@@ -353,19 +351,20 @@ def _(grad, x, y, bias, least, total, epsilon, *others: Any):  # type: ignore[no
 @_register(
     "softmin_double_backward",
     f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, Tensor? bias, Tensor least, "
-    f"{_SOFTMIN}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor total, {_SOFTMIN}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def softmin_double_backward(  # type: ignore[no-untyped-def]
-    u, v, t, grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets, backend
+    u, v, t, grad, x, y, bias, least, total, epsilon, exclude_self, x_offsets, y_offsets, backend
 ):
     """Gradients of the backward: by its incoming gradient, x, y and the bias."""
     run = _implementation(backend).softmin_double_backward
-    return run(u, v, t, grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets)
+    found = least, total, epsilon
+    return run(u, v, t, grad, x, y, bias, *found, exclude_self, x_offsets, y_offsets)
 
 
 @softmin_double_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    u, v, t, grad, x, y, bias, least, epsilon, exclude_self, x_offsets, y_offsets, backend
+    u, v, t, grad, x, y, bias, least, total, epsilon, exclude_self, x_offsets, y_offsets, backend
 ):
     bias_shape = (*y.shape[:-1], len(epsilon))
     return _wide_empty(grad), _wide_empty(x), _wide_empty(y), _wide_empty(y, bias_shape)
@@ -405,13 +404,13 @@ def _softmin_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
 
 
 def _softmin_backward_setup(ctx: Any, inputs: Any, output: Any) -> None:
-    grad, x, y, bias, least, _, *ctx.settings, x_offsets, y_offsets, ctx.backend = inputs[:-2]
+    grad, x, y, bias, least, total, *ctx.settings, x_offsets, y_offsets, ctx.backend = inputs[:-2]
     ctx.of_y, ctx.of_bias = inputs[-2:]
-    ctx.save_for_backward(grad, x, y, bias, least, x_offsets, y_offsets)
+    ctx.save_for_backward(grad, x, y, bias, least, total, x_offsets, y_offsets)
 
 
 def _softmin_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple[Any, ...]:
-    grad, x, y, bias, least, x_offsets, y_offsets = ctx.saved_tensors
+    grad, x, y, bias, least, total, x_offsets, y_offsets = ctx.saved_tensors
     dgrad, dx, dy, dbias = softmin_double_backward(
         u,
         v if ctx.of_y else None,
@@ -421,6 +420,7 @@ def _softmin_double_backward(ctx: Any, u: Tensor, v: Tensor, t: Tensor) -> tuple
         y,
         bias,
         least,
+        total,
         *ctx.settings,
         x_offsets,
         y_offsets,

@@ -274,6 +274,7 @@ def softmin_double_backward(
     y: Tensor,
     bias: Tensor | None,
     least: Tensor,
+    total: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Offsets,
@@ -282,7 +283,7 @@ def softmin_double_backward(
     """Gradients of S = <u, dx> + <v, dy> + <t, dh> by the incoming gradient, x, y and the bias.
 
     With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
-    over the row before the weights of any of its pairs are known, which sums the exponentials too.
+    over the row before the weights of any of its pairs are known.
     """
     like_bias = y.new_empty((*y.shape[:-1], len(epsilon))) if bias is None else bias
     grads = _like(grad), _like(x), _like(y), _like(like_bias)
@@ -294,21 +295,20 @@ def softmin_double_backward(
         gu, gv = _wide(group.of_x(u)), None if v is None else _wide(group.of_y(v))
         gt = None if t is None else _wide(group.of_y(t)).mT.unsqueeze(-2)
         g = group.of_x(grad)
+        # A row without neighbors has no exponentials either.
+        sums = group.of_x(torch.where(total > 0, total, 1.0))
         mean = group.of_x(grads[0])
         gradients = group.of_x(grads[1]), group.of_y(grads[2])
         pull, directions = Gradient(*gradients), Gradient(*gradients)
         for rows in clouds.rows():
-            total = torch.zeros_like(mean[:, rows])
             for columns in clouds.columns():
                 tile = clouds.tile(rows, columns)
                 delta = tile.directional(gu, gv)
                 for e, exponential in enumerate(p.on(tile)):
                     q = delta if gt is None else delta - gt[:, e, :, columns]
-                    total[..., e] += exponential.sum(-1)
                     mean[:, rows, e] += exponential.mul_(q).sum(-1)
-            total = torch.where(total > 0, total, 1.0)
-            mean[:, rows] /= total
-            scaled = g[:, rows] / total
+            mean[:, rows] /= sums[:, rows]
+            scaled = g[:, rows] / sums[:, rows]
             for columns in clouds.columns():
                 tile = clouds.tile(rows, columns)
                 delta = tile.directional(gu, gv)

@@ -6,12 +6,15 @@ them, so there are no atomics and the result is repeatable. The second derivativ
 with delta_ij = 2 (x_i - y_j) . (u_i - v_j) for directions u and v:
 A_ij for the points, and P_ij for the directions (`double_backward.py`).
 
-Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and SLAB channels of the rows' gradient;
-more channels than SLAB are other programs, which recompute the tile. Reread: the columns (from L2),
-once for the distances and once for the product, or once in all where they fit one block.
+Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile, and the rows' gradient. Up to KEPT
+channels one program has all of them, and reads the columns once, for the distances and the product.
+Of wider points it has SLAB channels; the others are other programs', which recompute the tile, and
+columns are read twice (from L2).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# Tuples grow in unrolled loops.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -25,31 +28,63 @@ from fad_loss.ops._triton.tiles import (
     load_values,
     locate,
     rounded,
+    share,
     squared_distances,
 )
 from fad_loss.ops._triton.weights import load_each, weigh, zeros_each
+
+# ruff: noqa: RUF005, because kernels cannot unpack tuples
 
 
 @triton.jit
 def multiply(
     weights,
+    tile,
     base,
     left,
     channel,
-    total,
+    totals,
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     SLAB: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add weights @ (SLAB channels of the columns); also the weights' sums, as multiplied."""
-    points = load_points(base, left, channel, CHANNELS, BLOCK, SLAB)
-    if points.dtype == tl.float16:
-        # The range of weights is wider than that of float16; tf32 holds both.
-        points = points.to(tl.float32)
-    weights = rounded(weights, points, PRECISION)
-    total = tl.dot(weights, points, total, input_precision=PRECISION)
-    return total, tl.sum(weights.to(tl.float32), 1)
+    """Add weights @ columns to each block of channels; also the weights' sums, as multiplied.
+
+    The columns are those of the tile, or else SLAB channels from `channel` on, which are read.
+    """
+    if CHANNELS <= KEPT:
+        blocks = tile
+    else:
+        blocks = (load_points(base, left, channel, CHANNELS, BLOCK, SLAB),)
+    # The range of weights is wider than that of float16; tf32 holds both.
+    if blocks[0].dtype == tl.float16:
+        multiplied = rounded(weights, weights, PRECISION)
+    else:
+        multiplied = rounded(weights, blocks[0], PRECISION)
+    new_totals = ()
+    for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
+        points = blocks[i]
+        if points.dtype == tl.float16:
+            points = points.to(tl.float32)
+        added = tl.dot(multiplied, points, totals[i], input_precision=PRECISION)
+        new_totals = new_totals + (added,)
+    return new_totals, tl.sum(multiplied.to(tl.float32), 1)
+
+
+@triton.jit
+def zeros_of_channels(
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLAB: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """A tile of zeros for each block of channels that a program has."""
+    totals = ()
+    for _ in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
+        totals = totals + (tl.zeros((BLOCK, SLAB), tl.float32),)
+    return totals
 
 
 @triton.jit
@@ -89,6 +124,8 @@ def backward_kernel(
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     rates,
     FAMILY: tl.constexpr,
     COUNT: tl.constexpr,
@@ -103,11 +140,13 @@ def backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     SLAB: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Gradient of the rows' points and, if `extra` is there, of the rows' weights or biases.
 
     softmin: W = sum_e exp((row_shift + column_shift - d) rate) scale, where the scale is the
-    incoming gradient, on whichever side is x. Kernels: W = k'(d) row_scale column_scale.
+    incoming gradient, divided by the total, on whichever side is x. Kernels:
+    W = k'(d) row_scale column_scale.
     """
     _, row_start, rows, first, column_start, columns = locate(
         tl.program_id(0),
@@ -125,7 +164,7 @@ def backward_kernel(
     own_number = first + tl.arange(0, BLOCK_ROWS)
     base = row + begin * CHANNELS
     slab = tl.program_id(1) * SLAB
-    held = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(row_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     SOFTMIN: tl.constexpr = FAMILY == "softmin"
     VALUES: tl.constexpr = COUNT if SOFTMIN else 1
@@ -133,15 +172,19 @@ def backward_kernel(
     row_scales = load_each(row_scale, begin, left, VALUES, BLOCK_ROWS, 0.0)
     extras = zeros_each(VALUES, BLOCK_ROWS)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, SLAB), tl.float32)
-    for j in range(0, columns, BLOCK_COLUMNS):
+    totals = zeros_of_channels(CHANNELS, BLOCK_ROWS, SLAB, KEPT)
+    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
         remaining = columns - j
+        column_base = column + at * CHANNELS
+        tile = hold(column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
         b = load_values(column_norms + at, remaining, BLOCK_COLUMNS, 1, float("inf"))
         d = squared_distances(
-            held,
+            kept,
+            tile,
             base,
-            column + at * CHANNELS,
+            column_base,
             a,
             b,
             left,
@@ -151,6 +194,7 @@ def backward_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         if EXCLUDE_SELF:
@@ -177,24 +221,28 @@ def backward_kernel(
         if extra is not None:
             extras = new_extras
         if gradient is not None:
-            total, part = multiply(
+            totals, part = multiply(
                 weights,
-                column + at * CHANNELS,
+                tile,
+                column_base,
                 remaining,
                 slab,
-                total,
+                totals,
                 CHANNELS,
                 BLOCK_COLUMNS,
                 SLAB,
+                KEPT,
                 PRECISION,
             )
             sums += part
     if gradient is not None:
-        own = load_points(base, left, slab, CHANNELS, BLOCK_ROWS, SLAB).to(tl.float32)
-        result = 2.0 * (sums[:, None] * own - total)
-        if not SOFTMIN and row_scale is not None:
-            result *= row_scales[0][:, None]
-        store_gradient(gradient, begin, left, slab, result, C, BLOCK_ROWS, SLAB)
+        for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
+            channel = slab + i * SLAB
+            own = load_points(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB).to(tl.float32)
+            result = 2.0 * (sums[:, None] * own - totals[i])
+            if not SOFTMIN and row_scale is not None:
+                result *= row_scales[0][:, None]
+            store_gradient(gradient, begin + moved, left, channel, result, C, BLOCK_ROWS, SLAB)
     if extra is not None:  # noqa: SIM102, because only the first condition is known to the compiler
         if slab == 0:
-            store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)
+            store_each(extra, begin + moved, left, extras, VALUES, BLOCK_ROWS)

@@ -6,8 +6,8 @@ the directions: dx_i = 2 (sum_j A_ij x_i - A_ij y_j + P_ij u_i - P_ij v_j). `_ti
 derives them. As in `backward.py` a program owns rows, and y's gradients come from exchanged roles.
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS, for d and for delta. In registers: both tiles, and SLAB channels
-of the rows' gradient. Reread: columns and their directions (from L2). Storage is float32: gradients
-do not fit half precision.
+of the rows' gradient, or all up to KEPT. Columns and their directions are read once, or reread from
+L2, as in `backward.py`. Storage is float32: gradients do not fit half precision.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -19,7 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fad_loss.ops._triton.backward import multiply, store_each, store_gradient
+from fad_loss.ops._triton.backward import (
+    multiply,
+    store_each,
+    store_gradient,
+    zeros_of_channels,
+)
 from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.tiles import (
     hold,
@@ -27,6 +32,7 @@ from fad_loss.ops._triton.tiles import (
     load_values,
     locate,
     products,
+    share,
     squared_distances,
 )
 from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros_each
@@ -36,8 +42,10 @@ from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros
 
 @triton.jit
 def directional(
-    held,
-    held_moves,
+    kept,
+    kept_moves,
+    tile,
+    tile_moves,
     row,
     row_moves,
     column,
@@ -53,6 +61,7 @@ def directional(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta_ij of a tile; a side without directions does not move."""
@@ -74,7 +83,8 @@ def directional(
         if HAS_ROW:
             half += row_dots[:, None]
             half -= products(
-                held_moves,
+                kept_moves,
+                tile,
                 row_moves,
                 column,
                 rows_left,
@@ -83,12 +93,14 @@ def directional(
                 BLOCK_ROWS,
                 BLOCK_COLUMNS,
                 BLOCK_CHANNELS,
+                KEPT,
                 PRECISION,
             )
         if HAS_COLUMN:
             half += column_dots[None, :]
             half -= products(
-                held,
+                kept,
+                tile_moves,
                 row,
                 column_moves,
                 rows_left,
@@ -97,6 +109,7 @@ def directional(
                 BLOCK_ROWS,
                 BLOCK_COLUMNS,
                 BLOCK_CHANNELS,
+                KEPT,
                 PRECISION,
             )
     return 2.0 * half
@@ -126,6 +139,8 @@ def double_backward_kernel(
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     rates,
     FAMILY: tl.constexpr,
     COUNT: tl.constexpr,
@@ -141,6 +156,7 @@ def double_backward_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     SLAB: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Second-order gradients of the rows' points, and of what else the rows have (`extra`).
 
@@ -167,15 +183,15 @@ def double_backward_kernel(
     own_number = first + tl.arange(0, BLOCK_ROWS)
     base = row + begin * CHANNELS
     slab = tl.program_id(1) * SLAB
-    held = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(row_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     if row_moves is not None:
         moves_base = row_moves + begin * CHANNELS
-        held_moves = hold(moves_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+        kept_moves = hold(moves_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
         dots = load_values(row_dots + begin, left, BLOCK_ROWS, 1, 0.0)
     else:
         moves_base = base
-        held_moves = held
+        kept_moves = kept
         dots = a
     SOFTMIN: tl.constexpr = FAMILY == "softmin"
     VALUES: tl.constexpr = COUNT if SOFTMIN else 1
@@ -185,14 +201,17 @@ def double_backward_kernel(
     extras = zeros_each(VALUES, BLOCK_ROWS)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
     delta_sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, SLAB), tl.float32)
-    for j in range(0, columns, BLOCK_COLUMNS):
+    totals = zeros_of_channels(CHANNELS, BLOCK_ROWS, SLAB, KEPT)
+    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
         remaining = columns - j
         column_base = column + at * CHANNELS
         b = load_values(column_norms + at, remaining, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
         d = squared_distances(
-            held,
+            kept,
+            tile,
             base,
             column_base,
             a,
@@ -204,6 +223,7 @@ def double_backward_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         if EXCLUDE_SELF:
@@ -211,13 +231,19 @@ def double_backward_kernel(
             d = tl.where(own_number[:, None] == number[None, :], float("inf"), d)
         if column_moves is not None:
             column_moves_base = column_moves + at * CHANNELS
+            tile_moves = hold(
+                column_moves_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT
+            )
             other_dots = load_values(column_dots + at, remaining, BLOCK_COLUMNS, 1, 0.0)
         else:
             column_moves_base = column_base
+            tile_moves = tile
             other_dots = b
         delta = directional(
-            held,
-            held_moves,
+            kept,
+            kept_moves,
+            tile,
+            tile_moves,
             base,
             moves_base,
             column_base,
@@ -233,6 +259,7 @@ def double_backward_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         scales = load_each(column_scale, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
@@ -248,6 +275,7 @@ def double_backward_kernel(
                     row_shifts[e],
                     shifts[e],
                     rates[e],
+                    OF_Y,
                     row_shift is not None,
                     column_shift is not None,
                 )
@@ -291,43 +319,49 @@ def double_backward_kernel(
                     change += value * lesses[0][None, :]
             extras = (extras[0] + tl.sum(change, 1),)
         if gradient is not None:
-            total, part = multiply(
+            totals, part = multiply(
                 of_distance,
+                tile,
                 column_base,
                 remaining,
                 slab,
-                total,
+                totals,
                 CHANNELS,
                 BLOCK_COLUMNS,
                 SLAB,
+                KEPT,
                 PRECISION,
             )
             sums += part
             if column_moves is not None:
-                total, part = multiply(
+                totals, part = multiply(
                     of_delta,
+                    tile_moves,
                     column_moves_base,
                     remaining,
                     slab,
-                    total,
+                    totals,
                     CHANNELS,
                     BLOCK_COLUMNS,
                     SLAB,
+                    KEPT,
                     PRECISION,
                 )
                 delta_sums += part
             else:
                 delta_sums += tl.sum(of_delta, 1)
     if gradient is not None:
-        own = load_points(base, left, slab, CHANNELS, BLOCK_ROWS, SLAB)
-        result = sums[:, None] * own - total
-        if row_moves is not None:
-            own_moves = load_points(moves_base, left, slab, CHANNELS, BLOCK_ROWS, SLAB)
-            result += delta_sums[:, None] * own_moves
-        result *= 2.0
-        if not SOFTMIN and not OF_Y:
-            result *= row_scales[0][:, None]
-        store_gradient(gradient, begin, left, slab, result, C, BLOCK_ROWS, SLAB)
+        for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
+            channel = slab + i * SLAB
+            own = load_points(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
+            result = sums[:, None] * own - totals[i]
+            if row_moves is not None:
+                own_moves = load_points(moves_base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
+                result += delta_sums[:, None] * own_moves
+            result *= 2.0
+            if not SOFTMIN and not OF_Y:
+                result *= row_scales[0][:, None]
+            store_gradient(gradient, begin + moved, left, channel, result, C, BLOCK_ROWS, SLAB)
     if extra is not None:  # noqa: SIM102, because only the first condition is known to the compiler
         if slab == 0:
-            store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)
+            store_each(extra, begin + moved, left, extras, VALUES, BLOCK_ROWS)

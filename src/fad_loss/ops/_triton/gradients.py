@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fad_loss.ops._triton import small
 from fad_loss.ops._triton.backward import backward_kernel
-from fad_loss.ops._triton.configurations import run
+from fad_loss.ops._triton.configurations import added, run
 from fad_loss.ops._triton.double_backward import double_backward_kernel
 from fad_loss.ops._triton.prepare import (
     Points,
@@ -22,42 +22,57 @@ from fad_loss.ops._triton.prepare import (
     sides,
 )
 
+Shape = Sequence[int] | None
 
-def gradient_like(t: Tensor, *, wanted: bool = True) -> Tensor:
-    """Room for a gradient of `t`, or nothing if nobody wants it."""
-    return t.new_empty(t.shape if wanted else (0,), dtype=torch.float32)
+
+def room(t: Tensor, gradient: Shape, extra: Shape) -> Callable[[int], dict[str, Tensor | None]]:
+    """What makes room for the results of so many shares; None is not wanted."""
+
+    def results(shares: int) -> dict[str, Tensor | None]:
+        return {
+            name: None if shape is None else t.new_empty((shares, *shape), dtype=torch.float32)
+            for name, shape in (("gradient", gradient), ("extra", extra))
+        }
+
+    return results
+
+
+def total_of(found: dict[str, Tensor | None], t: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over the shares; nothing for what was not wanted."""
+    gradient, extra = (
+        t.new_empty(0, dtype=torch.float32) if part is None else added(part)
+        for part in (found["gradient"], found["extra"])
+    )
+    return gradient, extra
 
 
 def backward(
     rows: Points,
     columns: Points,
     settings: dict[str, Any],
-    gradient: Tensor | None,
-    *,
-    extra: Tensor | None = None,
-    row_shift: Tensor | None = None,
-    column_shift: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-) -> None:
-    """Fill the gradients of what the rows have: points (T, C), and weights or biases (`extra`)."""
+    gradient: Shape,
+    extra: Shape,
+    **values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of what the rows have: points, and weights or biases (`extra`), of shapes."""
+    if gradient is None and extra is None:
+        return total_of({"gradient": None, "extra": None}, rows.norms)
     arguments = {
         **sides(rows, columns, row="row", column="column"),
-        "row_shift": row_shift,
-        "column_shift": column_shift,
-        "row_scale": row_scale,
-        "column_scale": column_scale,
-        "gradient": gradient,
-        "extra": extra,
+        **dict.fromkeys(("row_shift", "column_shift", "row_scale", "column_scale")),
+        **values,
         "C": rows.channels,
         **settings,
     }
-    run("backward", backward_kernel, rows, columns, arguments, slabs=gradient is not None)
+    results = room(rows.norms, gradient, extra)
+    slabs = gradient is not None
+    found = run("backward", backward_kernel, rows, columns, arguments, results, slabs=slabs)
+    return total_of(found, rows.norms)
 
 
 def gradients_of(
     x: Tensor, y: Tensor, x_offsets: Tensor | None, y_offsets: Tensor | None
-) -> tuple[Any, Any, Callable[..., None]]:
+) -> tuple[Any, Any, Callable[..., tuple[Tensor, Tensor]]]:
     """Both sides, as what fills their gradients takes them."""
     if small.are_small(x, y, x_offsets):
         return x, y, small.backward
@@ -86,41 +101,27 @@ def double_backward(
     row_moves: Moves,
     column_moves: Moves,
     settings: dict[str, Any],
-    gradient: Tensor | None,
+    gradient: Shape,
+    extra: Shape,
     *,
     of_y: bool = False,
-    extra: Tensor | None = None,
-    row_shift: Tensor | None = None,
-    column_shift: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-    row_less: Tensor | None = None,
-    column_less: Tensor | None = None,
-) -> None:
-    """Fill the second-order gradients of the rows' points (T, C), and `extra`."""
+    **values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The second-order gradients of the rows' points, and `extra`, of these shapes."""
+    names = ("shift", "scale", "less")
     arguments = {
         **sides(rows, columns, row="row", column="column"),
         "row_moves": row_moves.values,
         "row_dots": row_moves.dots,
         "column_moves": column_moves.values,
         "column_dots": column_moves.dots,
-        "row_shift": row_shift,
-        "column_shift": column_shift,
-        "row_scale": row_scale,
-        "column_scale": column_scale,
-        "row_less": row_less,
-        "column_less": column_less,
-        "gradient": gradient,
-        "extra": extra,
+        **{f"{side}_{name}": None for side in ("row", "column") for name in names},
+        **values,
         "C": rows.channels,
         "OF_Y": of_y,
         **settings,
     }
-    run(
-        "double_backward",
-        double_backward_kernel,
-        rows,
-        columns,
-        arguments,
-        slabs=gradient is not None,
-    )
+    results = room(rows.norms, gradient, extra)
+    kernel, slabs = double_backward_kernel, gradient is not None
+    found = run("double_backward", kernel, rows, columns, arguments, results, slabs=slabs)
+    return total_of(found, rows.norms)

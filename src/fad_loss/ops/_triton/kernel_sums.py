@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fad_loss.ops._triton import small
-from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.gradients import Moves, double_backward, gradient_like, gradients_of
+from fad_loss.ops._triton.configurations import added, run
+from fad_loss.ops._triton.gradients import Moves, double_backward, gradients_of
 from fad_loss.ops._triton.launch import SIZES, on_device
 from fad_loss.ops._triton.prepare import prepare_pair, sides
-from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
+from fad_loss.ops._triton.tiles import hold, load_values, locate, share, squared_distances
 from fad_loss.ops._triton.weights import evaluate, load_each
 from fad_loss.ops.kernels import Energy, Gaussian, InverseMultiquadric, Kernel
 
@@ -43,6 +43,8 @@ def kernel_sum_kernel(
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     rates,
     FAMILY: tl.constexpr,
     COUNT: tl.constexpr,
@@ -55,6 +57,7 @@ def kernel_sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """out[i] = sum_j weights_j k(d_ij)."""
     _, row_start, rows, first, column_start, columns = locate(
@@ -72,16 +75,20 @@ def kernel_sum_kernel(
     left = rows - first
     row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
-    held = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    for j in range(0, columns, BLOCK_COLUMNS):
+    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
+        y_base = y + at * CHANNELS
         b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
         d = squared_distances(
-            held,
+            kept,
+            tile,
             x_base,
-            y + at * CHANNELS,
+            y_base,
             a,
             b,
             left,
@@ -91,6 +98,7 @@ def kernel_sum_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         if EXCLUDE_SELF:
@@ -101,7 +109,8 @@ def kernel_sum_kernel(
             w = load_each(weights, at, columns - j, 1, BLOCK_COLUMNS, 0.0)
             value *= w[0][None, :]
         total += tl.sum(value, 1)
-    tl.store(out + begin + tl.arange(0, BLOCK_ROWS), total, tl.arange(0, BLOCK_ROWS) < left)
+    point = tl.arange(0, BLOCK_ROWS)
+    tl.store(out + (begin + moved) + point, total, point < left)
 
 
 def family(kernel: Kernel) -> dict[str, Any]:
@@ -131,17 +140,21 @@ def kernel_sum(
     y_offsets: Tensor | None,
 ) -> Tensor:
     """Sum over j of w_j k(d_ij)."""
-    result = x.new_empty(x.shape[:-1], dtype=torch.float32)
     settings = {**family(kernel), "EXCLUDE_SELF": exclude_self}
     w = None if weights is None else weights.contiguous()
+
+    def results(shares: int) -> dict[str, Tensor]:
+        return {"out": x.new_empty((shares, *x.shape[:-1]), dtype=torch.float32)}
+
     with on_device(x):
         if small.are_small(x, y, x_offsets):
-            small.reduce(x, y, w, settings, result)
-            return result
-        rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
-        arguments = {**sides(rows, columns), "weights": w, "out": result, **settings}
-        run("reduce", kernel_sum_kernel, rows, columns, arguments)
-    return result
+            total = results(1)["out"]
+            small.reduce(x, y, w, settings, total)
+        else:
+            rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
+            arguments = {**sides(rows, columns), "weights": w, **settings}
+            total = run("reduce", kernel_sum_kernel, rows, columns, arguments, results)["out"]
+        return added(total)
 
 
 def kernel_sum_backward(
@@ -162,21 +175,9 @@ def kernel_sum_backward(
         settings = {**family(kernel), "EXCLUDE_SELF": exclude_self}
         w = None if weights is None else weights.contiguous()
         g = grad.contiguous()
-        dx = gradient_like(x)
-        fill(rows, columns, settings, dx, row_scale=g, column_scale=w)
-        dy, dw = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
-        if of_weights:
-            dw = y.new_empty(y.shape[:-1], dtype=torch.float32)
-        if of_y or of_weights:
-            fill(
-                columns,
-                rows,
-                settings,
-                dy if of_y else None,
-                extra=dw if of_weights else None,
-                row_scale=w,
-                column_scale=g,
-            )
+        dx, _ = fill(rows, columns, settings, x.shape, None, row_scale=g, column_scale=w)
+        shapes = y.shape if of_y else None, y.shape[:-1] if of_weights else None
+        dy, dw = fill(columns, rows, settings, *shapes, row_scale=w, column_scale=g)
     return dx, dy, dw
 
 
@@ -201,29 +202,15 @@ def kernel_sum_double_backward(
         w = None if weights is None else weights.contiguous()
         g = grad.contiguous()
         t = None if t is None else t.contiguous()
-        dgrad, dw = gradient_like(grad), y.new_empty(y.shape[:-1], dtype=torch.float32)
-        dx, dy = gradient_like(x), gradient_like(y)
-        double_backward(
-            rows,
-            columns,
-            of_x,
-            of_y,
-            settings,
-            dx,
-            extra=dgrad,
+        dx, dgrad = double_backward(
+            *(rows, columns, of_x, of_y, settings, x.shape, grad.shape),
             row_scale=g,
             column_scale=w,
             column_less=t,
         )
-        double_backward(
-            columns,
-            rows,
-            of_y,
-            of_x,
-            settings,
-            dy,
+        dy, dw = double_backward(
+            *(columns, rows, of_y, of_x, settings, y.shape, y.shape[:-1]),
             of_y=True,
-            extra=dw,
             row_scale=w,
             column_scale=g,
             row_less=t,

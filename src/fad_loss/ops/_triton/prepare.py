@@ -107,8 +107,11 @@ class Points:
         return self.channels if self.channels <= DIRECT_CHANNELS else 0
 
 
-def schedule(rows: Clouds, columns: Clouds, block: int) -> tuple[int, dict[str, Any]]:
-    """The number of tiles of rows, and the arguments of `tiles.locate`."""
+def schedule(
+    rows: Clouds, columns: Clouds, block: int, splits: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The number of tiles of rows, and the arguments of `tiles.locate` and `tiles.share`."""
+    shares = {} if splits is None else {"splits": splits, "rows_total": rows.total}
     if rows.offsets is None or columns.offsets is None:
         tiles = rows.count * -(-rows.each // block)
     else:
@@ -121,6 +124,7 @@ def schedule(rows: Clouds, columns: Clouds, block: int) -> tuple[int, dict[str, 
         "clouds": rows.count,
         "search_steps": rows.count.bit_length(),
         "RAGGED": rows.offsets is not None,
+        **shares,
     }
 
 

@@ -16,6 +16,10 @@ unsorted short list of every row. As long as some row's best key beats the worst
 takes that place, for all rows at once: a row's list changes about SHORT log(M / SHORT) times in
 all, so that most tiles cost one comparison, where sorting every tile would cost more than the
 product.
+
+Columns may be shared out among programs: then a row has a list from each, and `rerank_kernel`
+chooses from all of them. It computes exact distances and takes the lower index of equal ones, so
+the result does not depend on who found what.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -30,7 +34,7 @@ from torch import Tensor
 from fad_loss.ops._triton.configurations import run
 from fad_loss.ops._triton.launch import SIZES, launch, on_device
 from fad_loss.ops._triton.prepare import Clouds, Points, flat, prepare_pair, schedule, sides
-from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
+from fad_loss.ops._triton.tiles import hold, load_values, locate, share, squared_distances
 
 # A short list of 128 stays in registers, with the margin that 64 neighbors need under the coarsest
 # multiply. More are the tiled backend's. From 65 on, lists take tiles of their own.
@@ -38,6 +42,9 @@ LARGEST_SHORT_LIST = 128
 LARGEST_K = 64
 LONG = 64
 MARGIN = 4
+# Candidates of a row, and shares of the columns that contribute to them.
+MOST_CANDIDATES = 1024
+MOST_LISTS = 128
 _LAST = tl.constexpr(-(2**63))
 
 
@@ -68,6 +75,8 @@ def scan_kernel(
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     SHORT: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -77,6 +86,7 @@ def scan_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """candidates[i, :]: where the smallest distances of row i probably are."""
     _, row_start, rows, first, column_start, columns = locate(
@@ -94,17 +104,21 @@ def scan_kernel(
     left = rows - first
     row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
-    held = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     best = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("inf"), tl.float32)
     where = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
-    for j in range(0, columns, BLOCK_COLUMNS):
+    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
+        y_base = y + at * CHANNELS
         b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
         d = squared_distances(
-            held,
+            kept,
+            tile,
             x_base,
-            y + at * CHANNELS,
+            y_base,
             a,
             b,
             left,
@@ -114,6 +128,7 @@ def scan_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         if EXCLUDE_SELF:
@@ -128,7 +143,7 @@ def scan_kernel(
     for place in tl.static_range(SHORT):
         top = tl.max(keys, 1)
         keys = tl.where(keys == top[:, None], _LAST, keys)
-        target = candidates + begin * SHORT + (point * SHORT + place)
+        target = candidates + (begin + moved) * SHORT + (point * SHORT + place)
         tl.store(target, index_of(top), mask=point < left)
 
 
@@ -145,6 +160,8 @@ def shortlist_kernel(
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     SHORT: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     RAGGED: tl.constexpr,
@@ -154,6 +171,7 @@ def shortlist_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """candidates[i, :]: the SHORT nearest by the product's distances, in any order."""
     _, row_start, rows, first, column_start, columns = locate(
@@ -171,20 +189,24 @@ def shortlist_kernel(
     left = rows - first
     row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
-    held = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     point = tl.arange(0, BLOCK_ROWS)
     place = tl.arange(0, SHORT)
     # Free places are all different, so that one at a time is taken, and worse than any key.
     best = tl.zeros((BLOCK_ROWS, SHORT), tl.int64) + (place.to(tl.int64) + (_LAST + 1))[None, :]
     worst = tl.min(best, 1)
-    for j in range(0, columns, BLOCK_COLUMNS):
+    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
+        y_base = y + at * CHANNELS
         b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
         d = squared_distances(
-            held,
+            kept,
+            tile,
             x_base,
-            y + at * CHANNELS,
+            y_base,
             a,
             b,
             left,
@@ -194,6 +216,7 @@ def shortlist_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         column = j + tl.arange(0, BLOCK_COLUMNS)
@@ -208,7 +231,7 @@ def shortlist_kernel(
             keys = tl.where(keys == top[:, None], _LAST, keys)
             worst = tl.min(best, 1)
             top = tl.max(keys, 1)
-    target = candidates + begin * SHORT + (point[:, None] * SHORT + place[None, :])
+    target = candidates + (begin + moved) * SHORT + (point[:, None] * SHORT + place[None, :])
     tl.store(target, index_of(best), mask=(point < left)[:, None])
 
 
@@ -225,14 +248,20 @@ def rerank_kernel(
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     C: tl.constexpr,
     K: tl.constexpr,
     SHORT: tl.constexpr,
     RAGGED: tl.constexpr,
+    LISTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """The K nearest of the candidates, by distances summed from differences in float32."""
+    """The K nearest of the candidates, by distances summed from differences in float32.
+
+    A row has as many lists as its columns had shares, at most LISTS.
+    """
     _, row_start, rows, first, column_start, _ = locate(
         tl.program_id(0),
         row_offsets,
@@ -247,12 +276,14 @@ def rerank_kernel(
     begin = row_start + first
     point = tl.arange(0, BLOCK_ROWS)
     inside = first + point < rows
-    place = tl.arange(0, SHORT)
-    listed = candidates + begin * SHORT + (point[:, None] * SHORT + place[None, :])
-    number = tl.load(listed, mask=inside[:, None], other=-1)
+    place = tl.arange(0, LISTS * SHORT)
+    from_list = candidates + (place // SHORT).to(tl.int64) * rows_total * SHORT + place % SHORT
+    listed = from_list[None, :] + (begin + point)[:, None] * SHORT
+    there = inside[:, None] & (place < splits * SHORT)[None, :]
+    number = tl.load(listed, mask=there, other=-1)
     found = number >= 0
     other = (column_start + number.to(tl.int64)) * C
-    d = tl.zeros((BLOCK_ROWS, SHORT), tl.float32)
+    d = tl.zeros((BLOCK_ROWS, LISTS * SHORT), tl.float32)
     for channel in range(0, C, BLOCK_CHANNELS):
         channels = channel + tl.arange(0, BLOCK_CHANNELS)
         present = channels < C
@@ -302,21 +333,26 @@ def knn(
     return distance, index
 
 
+def most_lists(short: int) -> int:
+    """How many lists of a row are chosen from, at most."""
+    return min(MOST_LISTS, MOST_CANDIDATES // short)
+
+
 def screen(rows: Points, columns: Points, k: int, exclude_self: bool) -> Tensor:
-    """The short list of every row, (T, SHORT)."""
+    """The short lists of every row, (lists, T, SHORT)."""
     short = short_list(k, rows.format.rounding)
     kernel, name = (scan_kernel, "scan") if k == 1 else (shortlist_kernel, "shortlist")
     name = "longlist" if short > LONG else name
-    device = rows.values.device
-    candidates = torch.empty((rows.clouds.total, short), dtype=torch.int32, device=device)
-    arguments = {
-        **sides(rows, columns),
-        "candidates": candidates,
-        "SHORT": short,
-        "EXCLUDE_SELF": exclude_self,
-    }
-    run(name, kernel, rows, columns, arguments)
-    return candidates
+    arguments = {**sides(rows, columns), "SHORT": short, "EXCLUDE_SELF": exclude_self}
+
+    def results(lists: int) -> dict[str, Tensor]:
+        shape = lists, rows.clouds.total, short
+        device = rows.values.device
+        return {"candidates": torch.empty(shape, dtype=torch.int32, device=device)}
+
+    return run(name, kernel, rows, columns, arguments, results, most=most_lists(short))[
+        "candidates"
+    ]
 
 
 def rerank(
@@ -329,9 +365,11 @@ def rerank(
     index: Tensor,
 ) -> None:
     """Fill the results from the short lists."""
-    short = candidates.shape[-1]
-    block = max(128 // short, 1)
-    tiles, where = schedule(rows, columns, block)
+    lists, _, short = candidates.shape
+    # Two compiled kernels, for one list and for several: how many there are is a number.
+    most = 1 if lists == 1 else most_lists(short)
+    block = max(128 // (most * short), 1)
+    tiles, where = schedule(rows, columns, block, lists)
     arguments = {
         "x": x,
         "y": y,
@@ -341,8 +379,11 @@ def rerank(
         "C": x.shape[-1],
         "K": distance.shape[-1],
         "SHORT": short,
+        "LISTS": most,
         "BLOCK_ROWS": block,
-        "BLOCK_CHANNELS": min(triton.next_power_of_2(x.shape[-1]), 32),
+        "BLOCK_CHANNELS": min(
+            triton.next_power_of_2(x.shape[-1]), max(4096 // (block * most * short), 1)
+        ),
         "num_warps": 4,
     }
     launch(rerank_kernel, (tiles,), {**arguments, **where})

@@ -14,6 +14,7 @@ rows, are taken relative to the mean of x. Any common shift is exact; it only ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,17 @@ from fad_loss.ops._triton.prepare import (
     schedule,
 )
 from fad_loss.ops._triton.tiles import locate, rounded, squared_distances, to_tf32
-from fad_loss.ops._triton.weights import LOG2_E, evaluate, load_each, weigh, zeros_each
+from fad_loss.ops._triton.weights import (
+    LOG2_E,
+    evaluate,
+    exponential,
+    load_each,
+    smooth_minimum,
+    weigh,
+    zeros_each,
+)
+
+# ruff: noqa: SIM108, because kernels do not choose in an expression
 
 # The most columns of a tile.
 LARGEST = 128
@@ -98,9 +109,9 @@ def distances(
     a = tl.zeros((BLOCK_ROWS,), tl.float32)
     b = tl.where(tl.arange(0, BLOCK_COLUMNS) < columns, 0.0, float("inf"))
     if DIRECT > 0:
-        held = tl.zeros((1, 1), tl.float32)
         d = squared_distances(
-            held,
+            (),
+            (),
             x,
             y,
             a,
@@ -112,6 +123,7 @@ def distances(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            0,
             PRECISION,
         )
     else:
@@ -147,6 +159,8 @@ def small_reduce_kernel(
     y,
     column_values,
     out,
+    least,
+    total,
     row_offsets,
     column_offsets,
     rows_each,
@@ -210,14 +224,18 @@ def small_reduce_kernel(
     for e in tl.static_range(VALUES):
         if SOFTMIN:
             rate = rates[e] * LOG2_E
-            z = d * -rate
             if column_values is not None:
-                z += (h[e] * rate)[None, :]
-            largest = tl.max(z, 1)
-            # Where there is nothing both are -inf, and their difference NaN.
-            safe = tl.where(largest == float("-inf"), 0.0, largest)
-            total = tl.sum(tl.exp2(z - safe[:, None]), 1)
-            result = -(tl.log2(total) + largest) / rate
+                shifted = d - h[e][None, :]
+            else:
+                shifted = d
+            smallest = tl.min(shifted, 1)
+            # Where there is nothing both are inf, and their difference NaN.
+            safe = tl.where(smallest == float("inf"), 0.0, smallest)
+            sums = tl.sum(exponential(shifted, safe[:, None], rate), 1)
+            target = begin * VALUES + (point * VALUES + e)
+            tl.store(least + target, smallest, point < left)
+            tl.store(total + target, sums, point < left)
+            result = smooth_minimum(smallest, sums, rate)
         else:
             value, _first, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
             if column_values is not None:
@@ -370,10 +388,17 @@ def _run(name: str, kernel: Any, x: Tensor, y: Tensor, arguments: dict[str, Any]
 
 
 def reduce(
-    x: Tensor, y: Tensor, values: Tensor | None, settings: dict[str, Any], out: Tensor
+    x: Tensor,
+    y: Tensor,
+    values: Tensor | None,
+    settings: dict[str, Any],
+    out: Tensor,
+    least: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> None:
-    """Fill the reduction of every point of x."""
-    arguments = {"x": flat(x), "y": flat(y), "column_values": values, "out": out, **settings}
+    """Fill the reduction of every point of x, and its parts, which softmin has."""
+    results = {"out": out, "least": least, "total": total}
+    arguments = {"x": flat(x), "y": flat(y), "column_values": values, **results, **settings}
     _run("small_reduce", small_reduce_kernel, x, y, arguments)
 
 
@@ -381,24 +406,26 @@ def backward(
     rows: Tensor,
     columns: Tensor,
     settings: dict[str, Any],
-    gradient: Tensor | None,
-    *,
-    extra: Tensor | None = None,
-    row_shift: Tensor | None = None,
-    column_shift: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
-) -> None:
-    """Fill the gradients of what the rows have: points, and weights or biases (`extra`)."""
-    arguments = {
-        "row": flat(rows),
-        "column": flat(columns),
-        "row_shift": row_shift,
-        "column_shift": column_shift,
-        "row_scale": row_scale,
-        "column_scale": column_scale,
-        "gradient": gradient,
-        "extra": extra,
-        **settings,
-    }
-    _run("small_backward", small_backward_kernel, rows, columns, arguments)
+    gradient: Sequence[int] | None,
+    extra: Sequence[int] | None,
+    **values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of what the rows have: points, and weights or biases (`extra`), of shapes."""
+    made = [
+        None if shape is None else rows.new_empty(shape, dtype=torch.float32)
+        for shape in (gradient, extra)
+    ]
+    if gradient is not None or extra is not None:
+        arguments = {
+            "row": flat(rows),
+            "column": flat(columns),
+            **dict.fromkeys(("row_shift", "column_shift", "row_scale", "column_scale")),
+            **values,
+            "gradient": made[0],
+            "extra": made[1],
+            **settings,
+        }
+        _run("small_backward", small_backward_kernel, rows, columns, arguments)
+    # Nothing, twice: results may not be the same tensor.
+    found = [rows.new_empty(0, dtype=torch.float32) if part is None else part for part in made]
+    return found[0], found[1]

@@ -1,7 +1,7 @@
 """softmin: a running log-sum-exp over tiles of distances.
 
 Tile: BLOCK_ROWS x BLOCK_COLUMNS. In registers: the tile of distances, and for each temperature the
-running maximum and sum of every row. Reread: the columns (from L2), and the rows where their
+running minimum and sum of every row. Reread: the columns (from L2), and the rows where their
 channels do not fit one block. All temperatures share the tile, so that each costs one exponential
 more.
 """
@@ -22,18 +22,21 @@ from torch import Tensor
 
 from fad_loss.ops._triton import small
 from fad_loss.ops._triton.configurations import run
-from fad_loss.ops._triton.gradients import Moves, double_backward, gradient_like, gradients_of
-from fad_loss.ops._triton.launch import SIZES, on_device
+from fad_loss.ops._triton.gradients import Moves, double_backward, gradients_of
+from fad_loss.ops._triton.launch import SIZES, launch, on_device
 from fad_loss.ops._triton.prepare import prepare_pair, sides
-from fad_loss.ops._triton.tiles import hold, load_values, locate, squared_distances
-from fad_loss.ops._triton.weights import LOG2_E, load_each
+from fad_loss.ops._triton.tiles import hold, load_values, locate, share, squared_distances
+from fad_loss.ops._triton.weights import LOG2_E, exponential, load_each, smooth_minimum
 
-# ruff: noqa: RUF005, because kernels cannot unpack tuples
+# ruff: noqa: RUF005, SIM108, because kernels cannot unpack tuples, nor choose in an expression
 
-# Temperatures that share a pass: each keeps some registers for every row of a thread, and more of
-# them for second derivatives.
+# Temperatures that share a pass: each keeps some registers for every row and column of a thread,
+# and more of them beside a gradient, which leaves room for one where it is wide.
 GROUP = 4
-GROUP_SECOND = 2
+GROUP_BACKWARD = 2
+WIDE = 128
+# Rows of a program that brings together what the shares have found.
+MERGED = 128
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -44,12 +47,16 @@ def softmin_kernel(
     y_norms,
     bias,
     out,
+    least,
+    total,
     row_offsets,
     column_offsets,
     rows_each,
     columns_each,
     clouds,
     search_steps,
+    splits,
+    rows_total,
     rates,
     COUNT: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
@@ -60,8 +67,13 @@ def softmin_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """out[i, e] = -log(sum_j exp((h_je - d_ij) rate_e)) / rate_e."""
+    """out[i, e] = -log(sum_j exp((h_je - d_ij) rate_e)) / rate_e, and its two parts.
+
+    least is the smallest d_ij - h_je and total the sum of exp((least + h_je - d_ij) rate_e),
+    computed as `weights.exponential` will compute it again: weights sum to 1.
+    """
     _, row_start, rows, first, column_start, columns = locate(
         tl.program_id(0),
         row_offsets,
@@ -77,20 +89,24 @@ def softmin_kernel(
     left = rows - first
     row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
-    held = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, DIRECT)
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
-    largest = ()
-    total = ()
+    smallest = ()
+    sums = ()
     for _ in tl.static_range(COUNT):
-        largest = largest + (tl.full((BLOCK_ROWS,), float("-inf"), tl.float32),)
-        total = total + (tl.zeros((BLOCK_ROWS,), tl.float32),)
-    for j in range(0, columns, BLOCK_COLUMNS):
+        smallest = smallest + (tl.full((BLOCK_ROWS,), float("inf"), tl.float32),)
+        sums = sums + (tl.zeros((BLOCK_ROWS,), tl.float32),)
+    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
+        y_base = y + at * CHANNELS
         b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
         d = squared_distances(
-            held,
+            kept,
+            tile,
             x_base,
-            y + at * CHANNELS,
+            y_base,
             a,
             b,
             left,
@@ -100,32 +116,70 @@ def softmin_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         if EXCLUDE_SELF:
             column = j + tl.arange(0, BLOCK_COLUMNS)
             d = tl.where(row[:, None] == column[None, :], float("inf"), d)
         h = load_each(bias, at, columns - j, COUNT, BLOCK_COLUMNS, 0.0)
-        new_largest = ()
-        new_total = ()
+        new_smallest = ()
+        new_sums = ()
         for e in tl.static_range(COUNT):
             rate = rates[e] * LOG2_E
-            z = d * -rate
             if bias is not None:
-                z += (h[e] * rate)[None, :]
-            new = tl.maximum(largest[e], tl.max(z, 1))
-            # Where nothing has been seen yet both maxima are -inf, and their difference NaN.
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            part = tl.sum(tl.exp2(z - safe[:, None]), 1)
-            new_largest = new_largest + (new,)
-            new_total = new_total + (total[e] * tl.exp2(largest[e] - safe) + part,)
-        largest = new_largest
-        total = new_total
+                shifted = d - h[e][None, :]
+            else:
+                shifted = d
+            new = tl.minimum(smallest[e], tl.min(shifted, 1))
+            # Where nothing has been seen yet both minima are inf, and their difference NaN.
+            safe = tl.where(new == float("inf"), 0.0, new)
+            part = tl.sum(exponential(shifted, safe[:, None], rate), 1)
+            new_smallest = new_smallest + (new,)
+            new_sums = new_sums + (sums[e] * tl.exp2(safe * rate - smallest[e] * rate) + part,)
+        smallest = new_smallest
+        sums = new_sums
+    point = tl.arange(0, BLOCK_ROWS)
     for e in tl.static_range(COUNT):
-        # log(0) - inf = -inf for a row without neighbors: the result is +inf, as it should be.
-        result = -(tl.log2(total[e]) + largest[e]) / (rates[e] * LOG2_E)
-        target = out + begin * COUNT + (tl.arange(0, BLOCK_ROWS) * COUNT + e)
-        tl.store(target, result, tl.arange(0, BLOCK_ROWS) < left)
+        target = (begin + moved) * COUNT + (point * COUNT + e)
+        tl.store(least + target, smallest[e], point < left)
+        tl.store(total + target, sums[e], point < left)
+        result = smooth_minimum(smallest[e], sums[e], rates[e] * LOG2_E)
+        tl.store(out + target, result, point < left)
+
+
+@triton.jit(do_not_specialize=["splits", "rows_total"])
+def merge_kernel(
+    leasts,
+    totals,
+    out,
+    least,
+    total,
+    splits,
+    rows_total,
+    rates,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The parts of softmin from those of the shares of its columns, one after another."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows_total
+    step = rows_total.to(tl.int64) * COUNT
+    for e in tl.static_range(COUNT):
+        rate = rates[e] * LOG2_E
+        at = row * COUNT + e
+        smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+        for s in range(splits):
+            smallest = tl.minimum(smallest, tl.load(leasts + (at + s * step), inside, 0.0))
+        safe = tl.where(smallest == float("inf"), 0.0, smallest)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for s in range(splits):
+            own = tl.load(leasts + (at + s * step), inside, 0.0)
+            part = tl.load(totals + (at + s * step), inside, 0.0)
+            sums += part * tl.exp2(safe * rate - own * rate)
+        tl.store(least + at, smallest, inside)
+        tl.store(total + at, sums, inside)
+        tl.store(out + at, smooth_minimum(smallest, sums, rate), inside)
 
 
 def softmin(
@@ -136,35 +190,70 @@ def softmin(
     exclude_self: bool,
     x_offsets: Tensor | None,
     y_offsets: Tensor | None,
-) -> Tensor:
-    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon, (..., E), and its parts.
+
+    They are those of `_tiled.smooth.softmin`.
+    """
     if len(epsilon) > GROUP:
         parts = [
             softmin(x, y, only(part, bias), epsilon[part], exclude_self, x_offsets, y_offsets)
             for part in groups(epsilon, GROUP)
         ]
-        return torch.cat(parts, -1)
-    result = x.new_empty((*x.shape[:-1], len(epsilon)), dtype=torch.float32)
+        out, least, total = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        return out, least, total
     h = None if bias is None else bias.contiguous()
+
+    def results(shares: int) -> dict[str, Tensor]:
+        shape = shares, *x.shape[:-1], len(epsilon)
+        return {name: x.new_empty(shape, dtype=torch.float32) for name in ("out", "least", "total")}
+
     with on_device(x):
         if small.are_small(x, y, x_offsets):
-            small.reduce(x, y, h, settings_of(epsilon, exclude_self=exclude_self), result)
-            return result
-        rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
-        arguments = {
-            **sides(rows, columns),
-            "bias": h,
-            "out": result,
-            **temperatures(epsilon),
-            "EXCLUDE_SELF": exclude_self,
-        }
-        run("reduce", softmin_kernel, rows, columns, arguments)
+            found = results(1)
+            settings = settings_of(epsilon, exclude_self=exclude_self)
+            small.reduce(x, y, h, settings, **found)
+        else:
+            rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
+            arguments = {
+                **sides(rows, columns),
+                "bias": h,
+                **temperatures(epsilon),
+                "EXCLUDE_SELF": exclude_self,
+            }
+            found = run("reduce", softmin_kernel, rows, columns, arguments, results)
+            if len(found["least"]) > 1:
+                found = merged(found, results(1), epsilon)
+    return found["out"][0], found["least"][0], found["total"][0]
+
+
+def merged(
+    parts: dict[str, Tensor], result: dict[str, Tensor], epsilon: Sequence[float]
+) -> dict[str, Tensor]:
+    """Fill the result from those of the shares."""
+    shares, rows = len(parts["least"]), result["least"].numel() // len(epsilon)
+    arguments = {
+        "leasts": parts["least"],
+        "totals": parts["total"],
+        **result,
+        "splits": shares,
+        "rows_total": rows,
+        **temperatures(epsilon),
+        "BLOCK": MERGED,
+        "num_warps": 4,
+    }
+    launch(merge_kernel, (triton.cdiv(rows, MERGED),), arguments)
     return result
 
 
 def groups(epsilon: Sequence[float], size: int) -> list[slice]:
     """Temperatures that share a pass."""
     return [slice(start, start + size) for start in range(0, len(epsilon), size)]
+
+
+def group_backward(channels: int) -> int:
+    """How many temperatures share a pass beside a gradient of so many channels."""
+    return GROUP_BACKWARD if channels <= WIDE else 1
 
 
 def only(part: slice, t: Tensor | None) -> Tensor | None:
@@ -188,7 +277,7 @@ def softmin_backward(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    least: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Tensor | None,
@@ -196,15 +285,18 @@ def softmin_backward(
     of_y: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, y and the bias."""
-    if len(epsilon) > GROUP:
+    """Gradients by x, y and the bias, where `grad` is already divided by `total`."""
+    size = group_backward(x.shape[-1])
+    if small.are_small(x, y, x_offsets):
+        size = GROUP
+    if len(epsilon) > size:
         parts = [
             softmin_backward(
                 grad[..., part],
                 x,
                 y,
                 only(part, bias),
-                out[..., part],
+                least[..., part],
                 epsilon[part],
                 exclude_self,
                 x_offsets,
@@ -212,7 +304,7 @@ def softmin_backward(
                 of_y,
                 of_bias,
             )
-            for part in groups(epsilon, GROUP)
+            for part in groups(epsilon, size)
         ]
         dxs, dys, dbiases = zip(*parts, strict=True)
         return summed(dxs), summed(dys), torch.cat(dbiases, -1)
@@ -220,23 +312,14 @@ def softmin_backward(
         rows, columns, fill = gradients_of(x, y, x_offsets, y_offsets)
         settings = settings_of(epsilon, exclude_self=exclude_self)
         h = None if bias is None else bias.contiguous()
-        shift, g = shift_of(out), grad.contiguous()
-        dx = gradient_like(x)
-        fill(rows, columns, settings, dx, row_shift=shift, column_shift=h, row_scale=g)
-        dy, dbias = gradient_like(y, wanted=of_y), y.new_empty(0, dtype=torch.float32)
-        if of_bias:
-            dbias = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
-        if of_y or of_bias:
-            fill(
-                columns,
-                rows,
-                settings,
-                dy if of_y else None,
-                extra=dbias if of_bias else None,
-                row_shift=h,
-                column_shift=shift,
-                column_scale=g,
-            )
+        shift, g = shift_of(least), grad.contiguous()
+        dx, _ = fill(
+            rows, columns, settings, x.shape, None, row_shift=shift, column_shift=h, row_scale=g
+        )
+        shapes = y.shape if of_y else None, (*y.shape[:-1], len(epsilon)) if of_bias else None
+        dy, dbias = fill(
+            columns, rows, settings, *shapes, row_shift=h, column_shift=shift, column_scale=g
+        )
     return dx, dy, dbias
 
 
@@ -248,7 +331,8 @@ def softmin_double_backward(
     x: Tensor,
     y: Tensor,
     bias: Tensor | None,
-    out: Tensor,
+    least: Tensor,
+    total: Tensor,
     epsilon: Sequence[float],
     exclude_self: bool,
     x_offsets: Tensor | None,
@@ -259,7 +343,7 @@ def softmin_double_backward(
     With q_ij = delta_ij - t_j and its mean under p, S = sum_i g_i mean_i(q). The mean needs a pass
     over the row before the weights of any of its pairs are known.
     """
-    if len(epsilon) > GROUP_SECOND:
+    if len(epsilon) > GROUP_BACKWARD:
         parts = [
             softmin_double_backward(
                 u,
@@ -269,13 +353,14 @@ def softmin_double_backward(
                 x,
                 y,
                 only(part, bias),
-                out[..., part],
+                least[..., part],
+                total[..., part],
                 epsilon[part],
                 exclude_self,
                 x_offsets,
                 y_offsets,
             )
-            for part in groups(epsilon, GROUP_SECOND)
+            for part in groups(epsilon, GROUP_BACKWARD)
         ]
         dgrads, dxs, dys, dhs = zip(*parts, strict=True)
         return torch.cat(dgrads, -1), summed(dxs), summed(dys), torch.cat(dhs, -1)
@@ -284,22 +369,22 @@ def softmin_double_backward(
         of_x, of_y = Moves(rows, u), Moves(columns, v)
         settings = settings_of(epsilon, exclude_self=exclude_self)
         h = None if bias is None else bias.contiguous()
-        shift, g = shift_of(out), grad.contiguous()
+        sums = torch.where(total > 0, total, 1.0)
+        shift, g = shift_of(least), (grad / sums).contiguous()
         t = None if t is None else t.contiguous()
-        mean, dx, dy = gradient_like(grad), gradient_like(x), gradient_like(y)
-        dh = y.new_empty((*y.shape[:-1], len(epsilon)), dtype=torch.float32)
-        both: dict[str, Any] = {"row_shift": shift, "column_shift": h, "column_less": t}
-        double_backward(rows, columns, of_x, of_y, settings, None, extra=mean, **both)
-        double_backward(rows, columns, of_x, of_y, settings, dx, row_scale=g, row_less=mean, **both)
-        double_backward(
-            columns,
-            rows,
-            of_y,
-            of_x,
-            settings,
-            dy,
+        shapes = None, grad.shape
+        fixed: dict[str, Any] = {"row_shift": shift, "column_shift": h, "column_less": t}
+        _, mean = double_backward(rows, columns, of_x, of_y, settings, *shapes, **fixed)
+        mean = mean / sums
+        dx, _ = double_backward(
+            *(rows, columns, of_x, of_y, settings, x.shape, None),
+            row_scale=g,
+            row_less=mean,
+            **fixed,
+        )
+        dy, dh = double_backward(
+            *(columns, rows, of_y, of_x, settings, y.shape, (*y.shape[:-1], len(epsilon))),
             of_y=True,
-            extra=dh,
             row_shift=h,
             column_shift=shift,
             column_scale=g,
@@ -317,6 +402,6 @@ def summed(parts: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def shift_of(out: Tensor) -> Tensor:
-    """Its result as a shift: a row without neighbors is +inf, and its probabilities are 0."""
-    return torch.where(out == torch.inf, -torch.inf, out).contiguous()
+def shift_of(least: Tensor) -> Tensor:
+    """As a shift: a row without neighbors is +inf, and its probabilities are 0."""
+    return torch.where(least == torch.inf, -torch.inf, least).contiguous()

@@ -3,20 +3,28 @@
 A program owns BLOCK_ROWS points of one cloud (its rows) and walks over the points of the other
 cloud (its columns), BLOCK_COLUMNS at a time. Points come prepared (`prepare.py`): row-major,
 channels padded with zeros to CHANNELS, so that every row starts on a 64-byte boundary and copies
-are asynchronous. Where all channels fit one block the rows stay in registers or shared memory for
-the whole walk and each tile of columns is read once; otherwise both are reread block by block, from
-L2.
+are asynchronous. Up to KEPT channels the rows stay in registers or shared memory for the whole
+walk, in blocks of BLOCK_CHANNELS, and each tile of columns is read once, also where a product with
+it follows; wider points are reread block by block, from L2.
+
+Where there are too few tiles of rows for all processors, each is walked over by several programs,
+each of which takes a share of the columns (`share`) and writes results of its own, which a second
+pass brings together in a fixed order.
 
 Offsets: a scalar int64 moves a base pointer to the first point of a tile, and int32 offsets,
 bounded by the size of a tile, address within it. Nothing else is ever added to a pointer.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# Tuples grow in unrolled loops.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# ruff: noqa: RUF005, because kernels cannot unpack tuples
 
 
 @triton.jit
@@ -64,6 +72,18 @@ def locate(
 
 
 @triton.jit
+def share(columns, splits, rows_total, BLOCK: tl.constexpr):
+    """The columns of this program, from and to (the end of the last tile), and where results go.
+
+    The last is a number to add to the first row: the results of the shares lie one after another.
+    """
+    split = tl.program_id(2)
+    each = tl.cdiv(tl.cdiv(columns, BLOCK), splits) * BLOCK
+    start = split * each
+    return start, tl.minimum(start + each, columns), split.to(tl.int64) * rows_total
+
+
+@triton.jit
 def load_points(
     base,
     left,
@@ -95,21 +115,21 @@ def hold(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
-    DIRECT: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """The rows that stay for the whole walk, or nothing if they are reread."""
-    if DIRECT > 0:
-        held = tl.zeros((1, 1), tl.float32)
-    elif CHANNELS == BLOCK_CHANNELS:
-        held = load_points(base, left, 0, CHANNELS, BLOCK, BLOCK_CHANNELS)
-    else:
-        held = tl.zeros((1, 1), tl.float32)
-    return held
+    """The blocks of points that stay, if there is room for all, or none."""
+    blocks = ()
+    if CHANNELS <= KEPT:
+        for i in tl.static_range(CHANNELS // BLOCK_CHANNELS):
+            block = load_points(base, left, i * BLOCK_CHANNELS, CHANNELS, BLOCK, BLOCK_CHANNELS)
+            blocks = blocks + (block,)
+    return blocks
 
 
 @triton.jit
 def products(
-    held,
+    rows,
+    columns,
     x,
     y,
     rows_left,
@@ -118,14 +138,15 @@ def products(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The products x_i . y_j of a tile."""
-    if CHANNELS == BLOCK_CHANNELS:
-        tile = load_points(y, columns_left, 0, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS)
-        total = tl.dot(held, tl.trans(tile), input_precision=PRECISION)
+    """The products x_i . y_j of a tile, of blocks that are there (`hold`) or else are read."""
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    if CHANNELS <= KEPT:
+        for i in tl.static_range(CHANNELS // BLOCK_CHANNELS):
+            total = tl.dot(rows[i], tl.trans(columns[i]), total, input_precision=PRECISION)
     else:
-        total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for channel in range(0, CHANNELS, BLOCK_CHANNELS):
             left = load_points(x, rows_left, channel, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
             right = load_points(y, columns_left, channel, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS)
@@ -135,7 +156,8 @@ def products(
 
 @triton.jit
 def squared_distances(
-    held,
+    kept,
+    tile,
     x,
     y,
     x_norms,
@@ -147,6 +169,7 @@ def squared_distances(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    KEPT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_ij of a tile; +inf after the last column. `y_norms` is +inf there, and 0 when DIRECT.
@@ -163,7 +186,8 @@ def squared_distances(
             d += difference * difference
     else:
         s = products(
-            held,
+            kept,
+            tile,
             x,
             y,
             rows_left,
@@ -172,6 +196,7 @@ def squared_distances(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
+            KEPT,
             PRECISION,
         )
         d = (x_norms[:, None] + y_norms[None, :]) - 2.0 * s

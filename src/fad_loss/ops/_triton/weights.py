@@ -86,14 +86,43 @@ def zeros_each(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def probability(d, row_shift, column_shift, rate, HAS_ROW: tl.constexpr, HAS_COLUMN: tl.constexpr):
-    """The weights of softmin, exp((row_shift + column_shift - d) rate) of one temperature."""
-    z = -d
-    if HAS_ROW:
-        z += row_shift[:, None]
-    if HAS_COLUMN:
-        z += column_shift[None, :]
-    return tl.exp2(z * (rate * LOG2_E))
+def exponential(shifted, least, rate):
+    """2**((least - shifted) rate), the same to the last bit wherever it is computed."""
+    return tl.exp2(tl.fma(shifted, -rate, least * rate))
+
+
+@triton.jit
+def smooth_minimum(least, total, rate):
+    """The result from its parts; `rate` is that of powers of 2.
+
+    log(0) = -inf for a row without neighbors: the result is +inf, as it should be.
+    """
+    return least - tl.log2(total) / rate
+
+
+@triton.jit
+def probability(
+    d,
+    row_shift,
+    column_shift,
+    rate,
+    OF_Y: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_COLUMN: tl.constexpr,
+):
+    """exp((least + h - d) rate) of one temperature: softmin's weight but for the row's total.
+
+    `least` is the shift of x's points, and h, if it is there, of y's: OF_Y, y's are the rows.
+    """
+    if OF_Y:
+        if HAS_ROW:
+            d = d - row_shift[:, None]
+        result = exponential(d, column_shift[None, :], rate * LOG2_E)
+    else:
+        if HAS_COLUMN:
+            d = d - column_shift[None, :]
+        result = exponential(d, row_shift[:, None], rate * LOG2_E)
+    return result
 
 
 @triton.jit
@@ -119,8 +148,15 @@ def weigh(
     if FAMILY == "softmin":
         weights = tl.zeros(d.shape, tl.float32)
         for e in tl.static_range(COUNT):
+            # The incoming gradient is on x's side.
             p = probability(
-                d, row_shifts[e], column_shifts[e], rates[e], HAS_ROW_SHIFT, HAS_COLUMN_SHIFT
+                d,
+                row_shifts[e],
+                column_shifts[e],
+                rates[e],
+                HAS_COLUMN_SCALE,
+                HAS_ROW_SHIFT,
+                HAS_COLUMN_SHIFT,
             )
             if HAS_ROW_SCALE:
                 p *= row_scales[e][:, None]
