@@ -1,0 +1,79 @@
+"""A teacher of another architecture: other points, of another number, in other places.
+
+The teacher is a transformer over 24 points; the student a PointNet that sees 40 others of the same
+surface. Nothing corresponds, so the loss is told where the points lie.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import toy
+from fad_loss import FeatureAdversarialLoss  # fad_loss
+
+ITS, MINE = slice(0, 24), slice(24, 64)
+
+
+class Transformer(nn.Module):
+    """Attention between points, then the maximum."""
+
+    points, rate = ITS, 1e-3
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.start = toy.mlp(3, width, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, toy.CLASSES)
+
+    def encoder(self, points: Tensor) -> Tensor:
+        """One feature for each of its own points."""
+        return self.blocks(self.start(points[:, self.points]))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Logits of the clouds."""
+        return self.head(self.encoder(points).amax(-2))
+
+
+class Student(toy.PointNet):
+    """A PointNet that sees its own points."""
+
+    points, rate = MINE, 5e-3
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Logits of the clouds."""
+        return super().forward(points[:, self.points])
+
+
+def fit(args: Namespace, name: str, network: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    """Train a network, with the loss if there is a teacher."""
+    data, trained = toy.clouds(800), nn.ModuleList([network])
+    if teacher is not None:
+        fad = FeatureAdversarialLoss(24, 64, discriminator="paired", warmup_steps=100)  # fad_loss
+        trained.append(fad)  # fad_loss
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=network.rate)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    for epoch in toy.epochs(args, name, trained=trained, optimizer=optimizer, decay=decay):
+        trained.train()
+        for points, labels in toy.batches(data, epoch):
+            loss = F.cross_entropy(network(points), labels)
+            if teacher is not None:
+                mine, its = points[:, network.points], points[:, teacher.points]
+                features = network.encoder(mine), teacher.encoder(points)
+                loss = loss + fad(*features, positions=(mine, its))  # fad_loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        decay.step()
+    return network
+
+
+if __name__ == "__main__":
+    test = toy.clouds(1600, seed=1)
+    measure = lambda network: toy.accuracy(network, test)  # noqa: E731
+    arguments = toy.start(toy.parser(__doc__))
+    toy.duel(arguments, fit, lambda: Transformer(64), lambda: Student(6), measure)
