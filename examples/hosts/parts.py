@@ -1,6 +1,7 @@
 """Part segmentation: a label for every point, mIoU with and without the loss.
 
-The features compared are those of the layer before the last, one for each point of the same cloud.
+What is compared are the features that are pooled, one for each point of the same cloud: later ones
+know the pooled vector, and all points of a cloud are alike in it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 import toy
 from fad_loss import Distiller  # fad_loss
 
-LAYERS = {"decoder": "decoder"}
+LAYERS = {"encoder": "encoder"}
 OPTIONS = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
 
 
@@ -23,9 +24,9 @@ class Segmenter(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.encoder = toy.mlp(3, width, 2 * width)
-        self.decoder = toy.mlp(4 * width, 2 * width, 4 * width)
-        self.head = nn.Linear(4 * width, toy.PRIMITIVES)
+        self.encoder = toy.mlp(3, width, 2 * width, 4 * width)
+        self.decoder = toy.mlp(8 * width, 4 * width, 2 * width)
+        self.head = nn.Linear(2 * width, toy.PRIMITIVES)
 
     def forward(self, points: Tensor) -> Tensor:
         """From ``(B, N, 3)`` to logits ``(B, N, PRIMITIVES)``."""
