@@ -1,7 +1,6 @@
 """Part segmentation: a label for every point, mIoU with and without the loss.
 
-What is compared are the features that are pooled, one for each point of the same cloud: later ones
-know the pooled vector, and all points of a cloud are alike in it.
+What is compared are the features that are pooled, one for each point of the same cloud.
 """
 
 from __future__ import annotations

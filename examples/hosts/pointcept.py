@@ -23,8 +23,9 @@ class Segmentor(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.encoder, self.decoder = toy.mlp(3, width, 2 * width), toy.mlp(4 * width, 4 * width)
-        self.head, self.others = nn.Linear(4 * width, toy.PRIMITIVES), (None,)
+        self.encoder = toy.mlp(3, width, 2 * width, 4 * width)
+        self.decoder = toy.mlp(8 * width, 4 * width, 2 * width)
+        self.head, self.others = nn.Linear(2 * width, toy.PRIMITIVES), (None,)
         self.criterion = nn.CrossEntropyLoss(ignore_index=toy.IGNORED)
 
     def learn_from(self, teacher: nn.Module | None) -> None:
@@ -32,23 +33,19 @@ class Segmentor(nn.Module):
         self.others = (teacher,)
         if teacher is not None:
             options = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
-            self.fad = FeatureAdversarialLoss(self.head.in_features, 96, **options)  # fad_loss
-
-    def backbone(self, scene: Scene) -> Tensor:
-        """Features of every point, which has the maximum over its scene beside it."""
-        features, offset = self.encoder(scene["coord"]), scene["offset"]
-        lengths = offset.diff(prepend=offset.new_zeros(1))
-        pooled = torch.segment_reduce(features, "max", lengths=lengths)
-        return self.decoder(torch.cat([features, pooled.repeat_interleave(lengths, 0)], -1))
+            self.fad = FeatureAdversarialLoss(16, 96, **options)  # fad_loss
 
     def forward(self, scene: Scene) -> Scene:
-        """Logits, and the loss."""
-        features, (teacher,) = self.backbone(scene), self.others
+        """Logits, and the loss: every point is seen with the maximum over its scene beside it."""
+        features, (teacher,) = self.encoder(scene["coord"]), self.others
         target, offset = scene["segment"], scene["offset"]
-        logits = self.head(features)
+        lengths = offset.diff(prepend=offset.new_zeros(1))
+        pooled = torch.segment_reduce(features, "max", lengths=lengths)
+        both = torch.cat([features, pooled.repeat_interleave(lengths, 0)], -1)
+        logits = self.head(self.decoder(both))
         loss = self.criterion(logits, target)
         if teacher is not None:
-            its = ragged(teacher.backbone(scene), offset=offset)  # fad_loss
+            its = ragged(teacher.encoder(scene["coord"]), offset=offset)  # fad_loss
             mine = ragged(features, offset=offset)  # fad_loss
             loss = loss + self.fad(mine, its, mask=target != toy.IGNORED)  # fad_loss
         return {"seg_logits": logits, "loss": loss}

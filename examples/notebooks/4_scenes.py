@@ -77,7 +77,7 @@ print([tuple(cloud.shape) for cloud in clouds.unbind()])
 
 # %% [markdown]
 # ## A segmentation network on packed points
-# Every point beside the maximum over its scene. `backbone` is what is distilled.
+# Every point is seen beside the maximum over its scene. What is distilled is `encoder`, the features that are pooled.
 
 
 # %%
@@ -89,17 +89,20 @@ class Layer(nn.Sequential):
 class Segmenter(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.encoder = nn.Sequential(Layer(3, width), Layer(width, 2 * width))
-        self.decoder = nn.Sequential(Layer(4 * width, 4 * width), Layer(4 * width, 4 * width))
-        self.head = nn.Linear(4 * width, 3)
+        self.encoder = nn.Sequential(
+            Layer(3, width), Layer(width, 2 * width), Layer(2 * width, 4 * width)
+        )
+        self.decoder = nn.Sequential(Layer(8 * width, 4 * width), Layer(4 * width, 2 * width))
+        self.head = nn.Linear(2 * width, 3)
 
-    def backbone(self, points, offset):
-        features, lengths = self.encoder(points), offset.diff(prepend=offset.new_zeros(1))
+    def decode(self, features, offset):
+        lengths = offset.diff(prepend=offset.new_zeros(1))
         pooled = torch.segment_reduce(features, "max", lengths=lengths)
-        return self.decoder(torch.cat([features, pooled.repeat_interleave(lengths, 0)], -1))
+        both = torch.cat([features, pooled.repeat_interleave(lengths, 0)], -1)
+        return self.head(self.decoder(both))
 
     def forward(self, points, offset):
-        return self.head(self.backbone(points, offset))
+        return self.decode(self.encoder(points), offset)
 
 
 def fit(network, fad=None, teacher=None, epochs=12):
@@ -111,11 +114,12 @@ def fit(network, fad=None, teacher=None, epochs=12):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(epoch))
         for index in order.split(32):
             points, labels, offset = collate([train[i] for i in index])
-            features = network.backbone(points, offset)
-            loss = F.cross_entropy(network.head(features), labels, ignore_index=IGNORED)
+            features = network.encoder(points)
+            logits = network.decode(features, offset)
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
             if fad:
                 with torch.no_grad():
-                    its = teacher.backbone(points, offset)
+                    its = teacher.encoder(points)
                 mine, its = ragged(features, offset=offset), ragged(its, offset=offset)
                 loss = loss + fad(mine, its, mask=labels != IGNORED)
             optimizer.zero_grad()
@@ -156,7 +160,7 @@ for seed in range(2):
 # %%
 points, labels, offset = collate(test[:4])
 with torch.no_grad():
-    mine, its = student.backbone(points, offset), teacher.backbone(points, offset)
+    mine, its = student.encoder(points), teacher.encoder(points)
     fad.eval()
     valid = labels != IGNORED
     value = fad(ragged(mine, offset=offset), ragged(its, offset=offset), mask=valid)
