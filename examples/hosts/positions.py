@@ -1,6 +1,6 @@
 """A teacher of another architecture: other points, of another number, in other places.
 
-The teacher is a transformer over 24 points; the student a PointNet that sees 40 others of the same
+The teacher is a transformer over 64 points; the student a PointNet that sees 40 others of the same
 surface. Nothing corresponds, so the loss is told where the points lie.
 """
 
@@ -15,18 +15,19 @@ from torch.nn import functional as F
 import toy
 from fad_loss import FeatureAdversarialLoss  # fad_loss
 
-ITS, MINE = slice(0, 24), slice(24, 64)
+POINTS, ITS, MINE = 104, slice(0, 64), slice(64, 104)
 
 
 class Transformer(nn.Module):
     """Attention between points, then the maximum."""
 
-    points, rate = ITS, 1e-3
+    points, rate = ITS, 2e-3
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.start = toy.mlp(3, width, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True)
+        options = {"batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, **options)
         self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(width, toy.CLASSES)
 
@@ -51,7 +52,7 @@ class Student(toy.PointNet):
 
 def fit(args: Namespace, name: str, network: nn.Module, teacher: nn.Module | None) -> nn.Module:
     """Train a network, with the loss if there is a teacher."""
-    data, trained = toy.clouds(800), nn.ModuleList([network])
+    data, trained = toy.clouds(800, POINTS), nn.ModuleList([network])
     if teacher is not None:
         fad = FeatureAdversarialLoss(24, 64, discriminator="paired", warmup_steps=100)  # fad_loss
         trained.append(fad)  # fad_loss
@@ -73,7 +74,7 @@ def fit(args: Namespace, name: str, network: nn.Module, teacher: nn.Module | Non
 
 
 if __name__ == "__main__":
-    test = toy.clouds(1600, seed=1)
+    test = toy.clouds(1600, POINTS, seed=1)
     measure = lambda network: toy.accuracy(network, test)  # noqa: E731
     arguments = toy.start(toy.parser(__doc__))
     toy.duel(arguments, fit, lambda: Transformer(64), lambda: Student(6), measure)
