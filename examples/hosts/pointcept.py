@@ -32,7 +32,8 @@ class Segmentor(nn.Module):
         """Have the loss of the features added to the criterion's."""
         self.others = (teacher,)
         if teacher is not None:
-            options = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
+            # A label for every point pulls at its features less than one for a cloud: a low weight.
+            options = {"discriminator": "paired", "warmup_steps": 100, "weight": 3}  # fad_loss
             self.fad = FeatureAdversarialLoss(16, 96, **options)  # fad_loss
 
     def forward(self, scene: Scene) -> Scene:
