@@ -66,7 +66,7 @@ wheel: $(VENV)/.with-dev
 	rm -rf build/wheel
 
 docs: $(VENV)/.with-docs
-	$(BIN)/python -m sphinx -b html -W --keep-going -n docs docs/_build/html
+	$(TEST_ENV) $(BIN)/python -m sphinx -b html -W --keep-going -n -j 2 docs docs/_build/html
 
 links: $(VENV)/.with-docs
 	$(BIN)/python -m sphinx -b linkcheck -D plot_gallery=0 docs docs/_build/links
@@ -100,7 +100,7 @@ hosts: $(HOSTS)/.done
 examples: demo hosts
 
 clean:
-	rm -rf build dist docs/_build docs/_gallery .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/_gallery docs/_notebooks .coverage .coverage.* htmlcov .mypy_cache .pytest_cache .ruff_cache
 
 distclean: clean
 	rm -rf $(VENV) $(HOSTS)

@@ -49,10 +49,13 @@ def clustered(points: torch.Tensor) -> torch.Tensor:
 
 def serve() -> None:
     """Answer every line of the standard input, a case, with the seconds that it took."""
-    # Before `implementations`, which would take the code beside it.
-    import fad_loss.ops  # noqa: F401, PLC0415
+    import fad_loss  # noqa: PLC0415
     from implementations import Case, implementations, passes  # noqa: PLC0415
 
+    print(Path(fad_loss.__file__).resolve().parents[1], flush=True)
+    # As in a training process, which has freed large tensors before: from then on the C library
+    # keeps memory, instead of having the system clear it anew for every call.
+    torch.empty(7 << 20)
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
     runs: dict[str, Any] = {}
@@ -82,26 +85,33 @@ class Server:
 
     def __init__(self, source: Path, threads: int) -> None:
         here = Path(__file__).resolve()
-        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": str(threads)}
+        options = {"FAD_LOSS_SOURCE": str(source), "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [sys.executable, str(here), "--serve"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env={**os.environ, **options},
         )
+        taken = self._answer("this code")
+        if Path(taken) != source.resolve():
+            message = f"measured would be {taken}, not {source}"
+            raise RuntimeError(message)
 
     def time(self, case: Sequence[Any], calls: int) -> float:
         """Seconds per call."""
-        if self.process.stdin is None or self.process.stdout is None:
+        if self.process.stdin is None:
             raise RuntimeError("the process has no pipes")
         self.process.stdin.write(json.dumps({"case": case, "calls": calls}) + "\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        return float(self._answer(case))
+
+    def _answer(self, case: object) -> str:
+        answer = "" if self.process.stdout is None else self.process.stdout.readline()
         if not answer:
             message = f"the process that measures {case} has ended"
             raise RuntimeError(message)
-        return float(json.loads(answer))
+        return answer.strip()
 
     def close(self) -> None:
         """End the process."""

@@ -8,6 +8,7 @@ or does not offer the operation is left out, and one that cannot do the case, wi
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 # The process that measures memory imports this module without the script.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, os.getenv("FAD_LOSS_SOURCE", str(Path(__file__).resolve().parents[1] / "src")))
 
 from fad_loss import ops
 from fad_loss.ops import _backends

@@ -39,8 +39,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-sys.path.insert(0, os.environ.get("FAD_LOSS_SOURCE", sys.path[0]))
+sys.path.insert(0, os.getenv("FAD_LOSS_SOURCE", str(Path(__file__).resolve().parents[1] / "src")))
 
 import fad_loss
 from fad_loss import FeatureAdversarialLoss, HeadDiscriminator

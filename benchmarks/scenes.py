@@ -11,6 +11,7 @@ alone (forward and backward) and a training step of a student that is a shared M
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, os.getenv("FAD_LOSS_SOURCE", str(Path(__file__).resolve().parents[1] / "src")))
 
 from fad_loss import FeatureAdversarialLoss, ragged
 from measure import RESULTS, context, interleave, save

@@ -20,7 +20,7 @@ version = release = fad_loss.__version__
 extensions = [
     "mathml",
     "gathered",
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
@@ -28,10 +28,17 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "gallery"]
+# The gallery writes its scripts as notebooks too, to download.
+exclude_patterns = ["_build", "gallery", "_gallery/*.ipynb"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "literal"
+
+# The notebooks are executed where they have changed; a cell that fails ends the build.
+nb_execution_mode = "cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 
 html_math_renderer = "mathml"
 html_static_path = ["_static"]

@@ -200,6 +200,7 @@ def test_bad_objectives(objective, error, message):
         (torch.tensor(1.0), ValueError, r"fake: expected one score.*shape \(\)"),
         (torch.zeros(0, 3), ValueError, r"fake: expected the scores of at least one cloud"),
         (torch.zeros(2, 3).long(), TypeError, "fake: expected float32.*int64"),
+        (torch.full((2, 3), torch.nan), ValueError, "fake: 6 of 6 values are NaN or infinite"),
         (ragged(torch.zeros(3, 1), lengths=[1, 2]), ValueError, "fake: expected one score"),
     ],
 )
@@ -210,6 +211,14 @@ def test_bad_scores(name, scores, error, message):
         message = r"fake: expected one score"
     with pytest.raises(error, match=message):
         get_objective(name).student(scores, real)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_that_do_not_count_may_be_anything(name):
+    scores, real = torch.tensor([[1.0, torch.nan], [2.0, -torch.inf]]), torch.randn(2, 3)
+    mask = torch.tensor([[True, False]]).expand(2, -1)
+    expected = get_objective(name).student(scores[:, :1], real)
+    assert torch.equal(get_objective(name).student(scores, real, mask=(mask, None)), expected)
 
 
 def test_relativistic_needs_pairs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fad_loss._game import Game
 from fad_loss._points import as_points
 from fad_loss.ragged import ragged
 
@@ -46,3 +47,17 @@ def test_ragged_clouds_pass_through():
 def test_bad_features(features, layout, error, message):
     with pytest.raises(error, match=message):
         as_points(features, layout, "student")
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite(side, value):
+    """Given directly, to any discriminator: a game of them cannot be made."""
+    features = {"student": torch.zeros(2, 3, 4), "teacher": torch.zeros(2, 3, 4)}
+    features[side][0, 1, 2] = value
+    with pytest.raises(ValueError, match=f"{side}: 1 of 24 values are NaN or infinite"):
+        Game.of(**features)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    mask[0, 1] = False
+    game = Game.of(**features, mask=mask)  # that point does not count
+    assert torch.isfinite(game.points(side).features).all()

@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from fad_loss import FeatureAdversarialLoss, TeacherDiscriminator, distances, ops, penalties, ragged
+from fad_loss import (
+    FeatureAdversarialLoss,
+    TeacherDiscriminator,
+    discriminators,
+    distances,
+    objectives,
+    ops,
+    penalties,
+    ragged,
+)
 from fad_loss._game import Game
+from fad_loss._ragged import packed
 
 KERNELS = [
     ops.Gaussian([0.7, 2.0]),
@@ -106,3 +116,67 @@ def test_the_loss(discriminator, objective):
     fad(student.requires_grad_(), teacher)
     fad.eval()
     check(lambda s: fad(s, teacher), torch.randn(2, 5, 3, dtype=torch.float64).requires_grad_())
+
+
+def smooth_head() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4))
+
+
+LEARNED = {
+    "point": lambda: discriminators.PointDiscriminator(3, hidden=4),
+    "neighborhood": lambda: discriminators.NeighborhoodDiscriminator(3, hidden=4, k=2),
+    "cloud": lambda: discriminators.CloudDiscriminator(3, hidden=4),
+    "match": lambda: discriminators.MatchDiscriminator(3),
+    "match by energy": lambda: discriminators.MatchDiscriminator(3, distance="energy"),
+    "match by chamfer": lambda: discriminators.MatchDiscriminator(3, distance="chamfer"),
+    "head": lambda: discriminators.HeadDiscriminator(smooth_head()),
+    "head of means": lambda: discriminators.HeadDiscriminator(smooth_head(), pool="mean"),
+    "head with levels": lambda: discriminators.HeadDiscriminator(smooth_head(), levels=["0", ""]),
+    "head of points": lambda: discriminators.HeadDiscriminator(smooth_head(), pool=None),
+}
+
+
+DENSE_ONLY = {"match by energy", "match by chamfer"}
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [(n, f) for n in LEARNED for f in ("dense", "masked", "ragged")[: 2 if n in DENSE_ONLY else 3]],
+)
+def test_discriminators_with_layers(name, form):
+    """Scores and R1 by the student's features; and R1 by the parameters, as training has it."""
+    torch.manual_seed(0)
+    discriminator = LEARNED[name]().double().eval()
+    discriminator.prepare(3)
+    student, teacher = (torch.randn(2, 4, 3, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
+
+    def game(features):
+        if form == "ragged":
+            clouds = (ragged(t.flatten(0, 1), lengths=[3, 5]) for t in (features, teacher))
+            return Game.of(*clouds)
+        return Game.of(features, teacher, mask=mask if form == "masked" else None)
+
+    def score(features):
+        return packed(discriminator(game(features), "student"))
+
+    def penalty(features):
+        scores = score(features)
+        return penalties.r1(scores if len(scores) == 2 else scores.view(2, -1), features)
+
+    check(score, student.requires_grad_())
+    assert gradcheck(penalty, (student,), fast_mode=True)
+    parameters = tuple(p for p in discriminator.parameters() if p.requires_grad)
+    if parameters:
+        fixed = student.detach().requires_grad_()
+        assert gradcheck(lambda *_: penalty(fixed), parameters, fast_mode=True)
+
+
+@pytest.mark.parametrize("objective", list(objectives.OBJECTIVES))
+def test_objectives_and_lecam(objective):
+    fake, real = (torch.randn(3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    mask = torch.rand(3, 4) > 0.3
+    judge = objectives.get_objective(objective)
+    check(lambda f, r: judge.student(f, r, mask=(mask, None)), fake, real)
+    check(lambda f, r: judge.discriminator(r, f, mask=(mask, None)), fake, real)
+    check(lambda f, r: penalties.lecam(r, f, 0.3, -0.2, mask=(mask, None)), fake, real)

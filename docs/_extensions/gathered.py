@@ -1,4 +1,4 @@
-"""What was measured, and the scripts of the hosts, below what stands on the pages about them.
+"""What was measured, the scripts of the hosts and the notebooks, where the pages speak of them.
 
 On GitHub those pages name the files; here their contents follow. Nothing is copied by hand.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 STUDY = Path("examples/study/results")
 BENCHMARKS = Path("benchmarks/results")
 HOSTS = Path("examples/hosts")
+NOTEBOOKS = Path("examples/notebooks")
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -175,7 +177,22 @@ def _append(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += "\n" + GATHERED[page]()
 
 
+def _copy_notebooks(app: Sphinx) -> None:
+    """Bring the notebooks where Sphinx looks for pages, those that have changed alone."""
+    folder = Path(app.srcdir) / "_notebooks"
+    folder.mkdir(exist_ok=True)
+    found = {file.name: file for file in (ROOT / NOTEBOOKS).glob("*.ipynb")}
+    for old in folder.glob("*.ipynb"):
+        if old.name not in found:
+            old.unlink()
+    for name, file in found.items():
+        page = folder / name
+        if not page.exists() or page.read_bytes() != file.read_bytes():
+            shutil.copyfile(file, page)
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Follow the reading of pages."""
+    app.connect("builder-inited", _copy_notebooks)
     app.connect("source-read", _append)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

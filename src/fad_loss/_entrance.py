@@ -277,7 +277,7 @@ def correspond(game: Game, discriminator: Discriminator) -> Game:
 def check_points(game: Game) -> None:
     """Refuse features that are not finite, where they may be looked at."""
     for name, points in (("student", game.student), ("teacher", game.teacher)):
-        check_finite(name, points.features)
+        points.check_finite(name)
 
 
 def adapt(adapter: nn.Module, values: Tensor, channels: int) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fad_loss._checks import check_tensor, look
+from fad_loss._checks import check_finite, check_tensor, look
 from fad_loss._errors import choose, describe, expected
 from fad_loss._ragged import is_ragged, pack, wrap
 
@@ -110,9 +110,12 @@ class Points:
         """Check and bring together; see `as_points` for the layouts.
 
         Of ragged clouds, points that a mask says do not count are left out, which on a GPU waits
-        for the device.
+        for the device. Of those that count, features that are NaN or infinite are refused, where
+        they may be looked at.
         """
-        return Points.unfilled(features, mask, positions, layout=layout, name=name).filled()
+        points = Points.unfilled(features, mask, positions, layout=layout, name=name).filled()
+        points.check_finite(name)
+        return points
 
     @staticmethod
     def unfilled(
@@ -138,6 +141,10 @@ class Points:
             ragged = Points(values, offsets, positions=positions, bounds=bounds)
             return ragged if mask is None else ragged.only(mask)
         return Points(points, None, mask, positions, is_global=features.dim() == 2)
+
+    def check_finite(self, name: str) -> None:
+        """Refuse features that are NaN or infinite, where they may be looked at."""
+        check_finite(name, self.features)
 
     # ------------------------------------------------------------------------- what they are
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fad_loss import ops
+from fad_loss._checks import check_finite, check_tensor
 from fad_loss._errors import expected
 
 __all__ = ["interpolate"]
@@ -35,7 +36,8 @@ def interpolate(
         ``(B, N, C)``, in the dtype of `features`, with a gradient to `features` alone.
 
     Raises:
-        ValueError: shapes that do not belong together, or k below 1.
+        ValueError: shapes that do not belong together, k below 1, or NaN or infinity.
+        TypeError: not floating-point tensors.
 
     Source: feature propagation of Qi et al., *PointNet++*, NeurIPS 2017, section 3.4.
 
@@ -48,10 +50,15 @@ def interpolate(
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise expected("k", "a positive number of neighbours", repr(k))
+    for name, given in (("features", features), ("positions", positions), ("at", at)):
+        check_tensor(name, given)
     if features.dim() != 3 or positions.shape[:-1] != features.shape[:-1]:
         raise expected("positions", f"one for each of the features {_size(features)}", positions)
     if at.dim() != 3 or at.shape[::2] != positions.shape[::2]:
         raise expected("at", f"positions (B, N, D) that go with {_size(positions)}", at)
+    counted = features if mask is None else torch.where(mask.unsqueeze(-1), features, 0)
+    for name, given in (("features", counted), ("positions", positions), ("at", at)):
+        check_finite(name, given)
     k = min(k, features.shape[1])
     where, there = positions.detach(), at.detach().to(positions.dtype)
     if mask is not None:
@@ -66,7 +73,7 @@ def interpolate(
         weights = torch.where(known, weights, 0)
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     rows = index.flatten(1).unsqueeze(-1).expand(-1, -1, features.shape[-1])
-    near = features.gather(1, rows).view(*index.shape, -1)
+    near = counted.gather(1, rows).view(*index.shape, -1)
     result: Tensor = (weights.to(near.dtype).unsqueeze(-1) * near).sum(2)
     return result
 

@@ -281,11 +281,13 @@ class FeatureAdversarialLoss(WideBuffers):
     def _updating(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _weight_now(self) -> Tensor:
+    def _weight_now(self, student: object) -> Tensor:
         """The weight of the student's gradient at this step: warm-up and balance included."""
-        weight = torch.full((), self.weight, device=self.steps.device)
+        wide = isinstance(student, Tensor) and student.dtype == torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        weight = torch.full((), self.weight, dtype=dtype, device=self.steps.device)
         if self.warmup_steps:
-            weight = weight * ((self.steps + 1) / self.warmup_steps).clamp(max=1)
+            weight = weight * ((self.steps + 1).to(dtype) / self.warmup_steps).clamp(max=1)
         return weight if self.balance is None else weight * self.balance.factor()
 
     def _student_term(self, game: Game) -> tuple[Tensor, Scores | None]:
@@ -374,7 +376,7 @@ class FeatureAdversarialLoss(WideBuffers):
         watched: bool = False,
     ) -> Game:
         """The points of both sides, checked, drawn, and in one space."""
-        weight = self._weight_now()
+        weight = self._weight_now(student)
         if watched and self._updating and isinstance(student, Tensor):
             watched = not torch.compiler.is_compiling()
             if self.balance is not None:

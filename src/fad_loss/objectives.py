@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fad_loss._checks import check_tensor
+from fad_loss._checks import check_finite, check_tensor
 from fad_loss._errors import choose, describe, expected
 from fad_loss._ragged import cloud_mean, is_ragged, pack, pointwise
 
@@ -40,8 +40,11 @@ Masks = tuple[Tensor | None, Tensor | None]
 """Which scores count, of the student's and of the teacher's points: ``(B, N)``, or None (all)."""
 
 
-def as_scores(name: str, scores: Tensor) -> Tensor:
-    """Check that `scores` is ``(B, N)``, ``(B,)`` or ragged ``(B, j)``, and promote it."""
+def as_scores(name: str, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scores ``(B, N)``, ``(B,)`` or ragged ``(B, j)``, checked and promoted.
+
+    Those that a mask, ``(B, N)``, leaves to count have to be finite, where they may be looked at.
+    """
     check_tensor(name, scores)
     rank = pack(scores)[0].dim() + 1 if is_ragged(scores) else scores.dim()
     if rank not in {1, 2}:
@@ -53,6 +56,13 @@ def as_scores(name: str, scores: Tensor) -> Tensor:
     if scores.shape[0] == 0:
         message = f"{name}: expected the scores of at least one cloud, got {describe(scores)}"
         raise ValueError(message)
+    counted = pack(scores)[0] if is_ragged(scores) else scores
+    if mask is not None:
+        if is_ragged(scores) or mask.shape[: scores.dim()] != scores.shape:
+            wanted = f"one for every point of the scores {describe(scores)}"
+            raise expected("mask", wanted, mask, "ragged scores are given without the others")
+        counted = torch.where(mask if scores.dim() == 2 else mask.any(1), scores, 0)
+    check_finite(name, counted)
     return pointwise(_at_least_float32, scores)
 
 
@@ -60,10 +70,7 @@ def _average(
     name: str, function: Callable[[Tensor], Tensor], scores: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Apply `function` to every score, average over each cloud's points, then over clouds."""
-    scores = as_scores(name, scores)
-    if mask is not None and (is_ragged(scores) or mask.shape[: scores.dim()] != scores.shape):
-        wanted = f"one for every point of the scores {describe(scores)}"
-        raise expected("mask", wanted, mask, "ragged scores are given without the others")
+    scores = as_scores(name, scores, mask)
     return cloud_mean(pointwise(function, scores), mask).mean()
 
 
@@ -308,7 +315,7 @@ class Relativistic(Objective):
                 f"of each, got {describe(real)} and {describe(fake)}"
             )
             raise ValueError(message)
-        fake, real = as_scores("fake", fake), as_scores("real", real)
+        fake, real = as_scores("fake", fake, mask[0]), as_scores("real", real, mask[1])
         margin = cloud_mean(fake, mask[0]) - cloud_mean(real, mask[1])
         counted = torch.ones_like(margin)
         for scores, one in ((fake, mask[0]), (real, mask[1])):

@@ -253,12 +253,12 @@ def lecam(
             average = average.detach().reshape(())  # noqa: PLW2901
         averages.append(average)
     alpha_real, alpha_fake = averages
-    towards_fake = cloud_mean(_shifted_square("real", real, alpha_fake), mask[1]).mean()
-    return towards_fake + cloud_mean(_shifted_square("fake", fake, alpha_real), mask[0]).mean()
+    return _distance("real", real, alpha_fake, mask[1]) + _distance(
+        "fake", fake, alpha_real, mask[0]
+    )
 
 
-def _shifted_square(name: str, scores: Tensor, shift: Tensor | float) -> Tensor:
-    scores = as_scores(name, scores)
-    if is_ragged(scores):
-        return unpack((pack(scores)[0] - shift).square(), scores)
-    return (scores - shift).square()
+def _distance(name: str, scores: Tensor, other: Tensor | float, mask: Tensor | None) -> Tensor:
+    """Mean squared distance of the scores from the other side's average."""
+    scores = as_scores(name, scores, mask)
+    return cloud_mean(pointwise(lambda s: (s - other).square(), scores), mask).mean()

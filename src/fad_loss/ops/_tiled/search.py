@@ -8,7 +8,8 @@ accelerator, where asking would stall the stream, every row re-ranks a short lis
 
 Several of few neighbors are not worth recomputing: on a CPU float32 is then multiplied in float64,
 which is exact enough, but for the few rows in which two distances are closer than its error, or one
-is almost 0.
+is almost 0. They are found by a sorting network, of keys that hold the leading bits of a score and
+its column; rows in which two of those agree are selected by the scores themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn.functional import pad
 
 from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._precision import rounding_unit
+from fad_loss.ops._tiled.network import smallest
 from fad_loss.ops._tiled.tiles import (
     DIRECT_CHANNELS,
     direct_distances,
@@ -33,10 +35,9 @@ from fad_loss.ops._tiled.tiles import (
 
 # Candidates beyond k that one pass re-ranks exactly.
 SHORT_LIST = 16
-# Elements of a tile, all columns of some rows, on a CPU: the screening passes over it few times, so
-# it need not stay in a cache, and one call can serve several clouds. From 32 MiB on, the C library
-# would return the memory to the system, which clears it before giving it again.
-CPU_TILE = 1 << 22
+# Elements of a tile, all columns of some rows, on a CPU: what several passes read stays in a cache,
+# and one call can serve several small clouds.
+CPU_TILE = 1 << 19
 # Rows of a tile, at least: fewer would read all of y too often.
 ROWS = 64
 # A tile's columns are folded into 1/FOLD as many minima, which vectorises, before anyone looks for
@@ -46,6 +47,9 @@ FOLD = 16
 FEW_COLUMNS = 256
 # Up to so many columns per neighbor, multiplying in float64 costs less than recomputing distances.
 COLUMNS_PER_NEIGHBOR = 32
+# Keys have 23 bits for the leading digits of a score and its column. While k^2 times the number of
+# columns is below this, few rows have two that agree in what is left.
+LONGEST_NETWORK = 1 << 20
 # Elements of the candidates whose distances are computed at once on a CPU: they stay in the cache.
 EXACT_TILE = 1 << 16
 
@@ -117,15 +121,20 @@ class _Search:
         unit = 2.0**-53 if self.wide else rounding_unit(self.x)
         self.error: float = (8 + 4 * channels**0.5) * unit
         # Points are added to fill the last fold; their score is infinite.
-        filling = -self.size % FOLD
+        self.width = 1 << self.k.bit_length()  # k and the one that follows
+        self.network = self.wide and self.k**2 * self.size < LONGEST_NETWORK
+        filling = -self.size % (self.width if self.network else FOLD)
         if self.direct:
             self.left, self.right = self.x, pad(self.y, (0, 0, 0, filling), value=torch.inf)
             return
         # left = (-2 x, 1) and right = (y, |y|^2): the additional channel spares a pass over the
         # tile that would add the norms.
         center = self.y.mean(1, keepdim=True).to(multiplied)
-        self.left = buffers.take("left", (*x.shape[:2], channels + 1), center)
-        self.right = buffers.take("right", (clouds, self.size + filling, channels + 1), center)
+        # Both in one piece: of memory in few large pieces, the C library keeps more.
+        sizes = x.shape[1], self.size + filling
+        held = buffers.take("points", (clouds * sum(sizes), channels + 1), center)
+        self.left = held[: clouds * sizes[0]].view(clouds, -1, channels + 1)
+        self.right = held[clouds * sizes[0] :].view(clouds, -1, channels + 1)
         left, right = self.left[..., :-1], self.right[:, : self.size, :-1]
         if self.wide:  # a difference of two dtypes would take a slower way
             left.copy_(self.x).sub_(center).mul_(-2)
@@ -175,7 +184,7 @@ class _Search:
         Distances are rounded to float32. Those that the error of a score could change by more are
         recomputed; where two neighbors could change places, all of the row is.
         """
-        score, order = scores.topk(self.k + 1, dim=-1, largest=False, sorted=True)
+        score, order = self._ranked(scores)
         norms, slack = self.norms[:, rows, None], self.slack[:, rows, None]
         exact = (score + norms).clamp_(min=0)
         d = exact.to(distance.dtype)
@@ -194,11 +203,42 @@ class _Search:
             possible = (score <= bound) & (score < torch.inf)
             self._resolve(cloud, row + rows.start, possible, distance, index)
 
+    def _ranked(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The k smallest of each row and a bound of the others, (b, r, k + 1), and their columns.
+
+        What is compared is how far a score lies above the row's smallest, as float32, whose bits
+        ascend as the numbers do; the last of them make room for the column.
+        """
+        if not self.network:
+            return scores.topk(self.k + 1, dim=-1, largest=False, sorted=True)
+        columns = torch.arange(scores.shape[-1], dtype=torch.int32)
+        places = (1 << len(columns).bit_length()) - 1
+        least = scores.amin(-1, keepdim=True)
+        above = self.buffers.take("keys", (len(columns), *scores.shape[:2]), self.x)
+        torch.sub(scores.permute(2, 0, 1), least.permute(2, 0, 1), out=above)
+        keys = above.view(torch.int32).bitwise_and_(~places).bitwise_or_(columns[:, None, None])
+        found = smallest(keys.flatten(1), self.width)[: self.k + 1]
+        keys = found.view(-1, *scores.shape[:2]).permute(1, 2, 0).contiguous()
+        order = (keys & places).long()
+        digits = keys & ~places
+        score = scores.gather(-1, order)
+        # Whatever follows has the digits of the one that was found, or larger ones.
+        edge = digits[..., -1:].contiguous().view(torch.float32)
+        score[..., -1:] = least + edge * (1 - 2.0**-23)
+        cloud, row = (digits[..., 1:] == digits[..., :-1]).any(-1).nonzero(as_tuple=True)
+        if len(cloud):
+            best = scores[cloud, row].topk(self.k + 1, dim=-1, largest=False, sorted=True)
+            score[cloud, row], order[cloud, row] = best
+        return score, order
+
     def _scores(self, rows: slice) -> Tensor:
         """The scores of some rows against all columns (b, r, m), and against the added ones."""
         x, y = self.left[:, rows], self.right
         if self.direct:
             scores = direct_distances(x, y)
+        elif self.network:  # column by column, as the network takes them
+            out = self.buffers.take("scores", (len(x), y.shape[1], x.shape[1]), x)
+            scores = torch.bmm(y, x.mT, out=out).mT
         else:
             out = self.buffers.take("scores", (*x.shape[:2], y.shape[1]), x)
             scores = torch.bmm(x, y.mT, out=out)
