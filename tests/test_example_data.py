@@ -124,13 +124,45 @@ def test_augmentation_stays_in_range_and_follows_the_generator():
     assert not torch.allclose(turned, plain)
 
 
-def test_subsample_draws_points_of_the_same_cloud():
+def test_clouds_draw_points_of_the_same_cloud():
     points = torch.arange(60.0).reshape(2, 10, 3)
-    drawn = data.subsample(points, 4, torch.Generator().manual_seed(0))
+    drawn = data.Clouds(points, torch.arange(2)).draw(4, torch.Generator().manual_seed(0)).points
     assert drawn.shape == (2, 4, 3)
     for cloud, full in zip(drawn, points, strict=True):
         rows = {tuple(row) for row in full.tolist()}
         assert len({tuple(row) for row in cloud.tolist()} & rows) == 4
+
+
+def test_ragged_clouds_draw_their_own_points_alone():
+    points = torch.arange(60.0).reshape(2, 10, 3)
+    clouds = data.Clouds(points, torch.arange(2), torch.tensor([3, 9]))
+    drawn = clouds.draw(5, torch.Generator().manual_seed(0))
+    assert drawn.lengths.tolist() == [3, 5]
+    few, many = data.packed(drawn.points, drawn.lengths).unbind()
+    assert {tuple(row) for row in few.tolist()} == {tuple(row) for row in points[0, :3].tolist()}
+    assert len({tuple(row) for row in many.tolist()}) == 5
+    assert {tuple(row) for row in many.tolist()} < {tuple(row) for row in points[1, :9].tolist()}
+    assert [len(cloud) for cloud in clouds.first(4).unbind()] == [3, 4]
+    # Corrupted each for itself: of a cloud of 3, two are kept and one comes twice.
+    corrupted = data.corrupted(clouds, "missing region", 8)
+    assert corrupted.lengths.tolist() == [3, 8]
+    assert torch.equal(corrupted.points[0, 3:], points[0, 3:8])
+
+
+def test_npz_of_clouds_of_unequal_size_keeps_them(tmp_path):
+    lengths = np.array([5, 40, 7, 12] * 5)
+    points = np.random.default_rng(0).normal(size=(lengths.sum(), 3)).astype(np.float32)
+    path = tmp_path / "some.npz"
+    np.savez(path, points=points, lengths=lengths, labels=np.arange(20) % 4)
+    kept = readers.read(path, points=16, ragged=True)
+    assert kept.train.points.shape[1:] == (16, 3)
+    for split in (kept.train, kept.test):
+        sizes = torch.tensor([5, 16, 7, 12])  # one for each class; at most as many as asked for
+        assert torch.equal(split.lengths, sizes[split.labels])
+        for cloud in split.first(16).unbind():
+            assert len(cloud.unique(dim=0)) == len(cloud)
+    assert kept.fingerprint() != readers.read(path, points=16).fingerprint()
+    assert len(kept.validation().test.lengths) == len(kept.validation().test)
 
 
 # ---------------------------------------------------------------------------------------- npz

@@ -15,7 +15,13 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, capture_features, interpolate
+from fad_loss import (
+    FeatureAdversarialLoss,
+    HeadDiscriminator,
+    capture_features,
+    interpolate,
+    ragged,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -89,6 +95,33 @@ def test_networks_do_not_see_the_order_of_points(arch):
     points = torch.randn(3, 40, 3, dtype=torch.float64)
     order = torch.randperm(40)
     assert torch.allclose(network(points), network(points[:, order]), atol=1e-10)
+
+
+@pytest.mark.parametrize("arch", sorted(networks.RAGGED))
+def test_ragged_clouds_are_seen_as_each_of_them_alone(arch):
+    torch.manual_seed(0)
+    network = networks.build(arch, 5, 0.25).double()
+    for module in network.modules():  # so that the transforms move points
+        if isinstance(module, networks.TransformNet):
+            torch.nn.init.normal_(module.matrix.weight, std=0.1)
+    parts = [torch.randn(n, 3, dtype=torch.float64) for n in (40, 1, 7)]
+    clouds = ragged(torch.cat(parts), lengths=[40, 1, 7])
+    with capture_features(network.eval(), network.layer) as features:
+        together = network(clouds)
+        level = features[network.layer]
+        for logits, part, ours in zip(together, parts, level.unbind(), strict=True):
+            torch.testing.assert_close(network(part[None])[0], logits)
+            torch.testing.assert_close(features[network.layer][0], ours)
+    # In training all points of the batch are normed alike: clouds of equal size are a dense batch.
+    network.train()
+    network.classifier[2].p = 0.0
+    points = torch.randn(4, 10, 3, dtype=torch.float64)
+    results = []
+    for batch in (points, ragged(points.flatten(0, 1), lengths=[10] * 4)):
+        network.zero_grad()
+        network(batch).square().sum().backward()
+        results.append([p.grad.clone() for p in network.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -631,6 +664,24 @@ def test_the_whole_job(clouds, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["rows"] == written["rows"]
 
 
+def test_the_whole_job_on_ragged_batches(tmp_path, capsys):
+    random, lengths = np.random.default_rng(0), np.tile([5, 30, 12], 20)
+    labels = np.arange(60) % 3
+    sizes = np.array([[1, 1, 1], [3, 1, 1], [1, 3, 1]])[np.repeat(labels, lengths)]
+    points = (random.normal(size=sizes.shape) * sizes).astype(np.float32)
+    np.savez(tmp_path / "some.npz", points=points, lengths=lengths, labels=labels)
+    losses = ["--loss", "fad", "kd+mse", "--discriminator", "paired"]
+    command = ["--data", str(tmp_path / "some.npz"), "--output", str(tmp_path), *TINY, *losses]
+    assert experiment.main([*command, "--ragged"]) == 0
+    assert "up to 16 points" in capsys.readouterr().out.replace("\n", " ")
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert experiment.main(command) == 0  # other clouds, so all is trained anew
+    assert "already trained" not in capsys.readouterr().out
+    dense = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert all(a["checkpoint"] != b["checkpoint"] for a, b in zip(rows, dense, strict=True))
+
+
 def test_the_teacher_is_asked_once_about_views(clouds, teacher, tmp_path):
     command = ["--data", str(clouds), "--output", str(tmp_path / "run"), *TINY, "--views", "2"]
     command += ["--cache", str(tmp_path / "cache"), "--teacher", str(teacher), "--loss", "fad"]
@@ -672,6 +723,10 @@ def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, caps
             "--weights fad: not a part of --loss kd mse",
         ),
         (["--compress", "1e6", "--teacher", "{teacher}"], "has as few as 3 parameters"),
+        (["--ragged"], "--ragged: the clouds of {clouds} are of equal size; save an .npz with"),
+        (["--ragged", "--teacher-arch", "dgcnn"], "--ragged: the teacher's dgcnn needs clouds of"),
+        (["--ragged", "--loss", "fad+fitnet"], "--ragged: fitnet needs clouds of equal size"),
+        (["--ragged", "--views", "2"], "--ragged: --views keeps clouds of equal size"),
     ],
 )
 def test_one_clear_line(clouds, teacher, tmp_path, capsys, options, message):
@@ -683,7 +738,7 @@ def test_one_clear_line(clouds, teacher, tmp_path, capsys, options, message):
     assert experiment.main(command) == 2
     error = capsys.readouterr().err
     assert error.startswith("distill: error: ")
-    assert message in error
+    assert message.format(**places) in error
     assert error.count("\n") == 1
 
 

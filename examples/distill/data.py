@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill import shapes
 from distill.catalog import CLASSES
+from fad_loss import ragged
 
 
 class DataError(Exception):
@@ -20,19 +21,53 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Clouds:
-    """Clouds of equal size: points ``(n, P, 3)`` float32, labels ``(n,)`` int64."""
+    """Clouds: points ``(n, P, 3)`` float32, labels ``(n,)`` int64.
+
+    Of equal size, or, with lengths ``(n,)`` int64, the first so many points of each.
+    """
 
     points: Tensor
     labels: Tensor
+    lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device) -> Clouds:
-        return Clouds(self.points.to(device), self.labels.to(device))
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Clouds:
+        lengths = None if self.lengths is None else change(self.lengths)
+        return Clouds(change(self.points), change(self.labels), lengths)
 
-    def select(self, index: Tensor) -> Clouds:
-        return Clouds(self.points[index], self.labels[index])
+    def to(self, device: torch.device) -> Clouds:
+        return self._map(lambda values: values.to(device))
+
+    def select(self, index: Tensor | slice) -> Clouds:
+        return self._map(lambda values: values[index])
+
+    def first(self, points: int) -> Tensor:
+        """The first points of every cloud, as networks take them: dense, or ragged."""
+        return packed(self.points[:, :points], self.lengths)
+
+    def draw(self, points: int, generator: torch.Generator) -> Clouds:
+        """So many points of every cloud at random, in random order; all of one with fewer."""
+        noise = torch.rand(self.points.shape[:2], generator=generator, device=self.points.device)
+        lengths = self.lengths
+        if lengths is not None:
+            noise = noise.masked_fill(~within(lengths, noise.shape[1]), -1)
+            lengths = lengths.clamp(max=points)
+        index = noise.topk(points, dim=1).indices.unsqueeze(-1).expand(-1, -1, 3)
+        return Clouds(self.points.gather(1, index), self.labels, lengths)
+
+
+def within(lengths: Tensor, points: int) -> Tensor:
+    """Which of so many points are the cloud's: ``(B, points)``."""
+    return torch.arange(points, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def packed(points: Tensor, lengths: Tensor | None) -> Tensor:
+    """Dense points as they are; of clouds of unequal size, ragged ones (`fad_loss.ragged`)."""
+    if lengths is None:
+        return points
+    return ragged(points, mask=within(lengths, points.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -64,7 +99,8 @@ class Dataset:
         """A digest of every point and label: results are cached under it."""
         digest = hashlib.sha256()
         for split in (self.train, self.test):
-            for tensor in (split.points, split.labels):
+            lengths = () if split.lengths is None else (split.lengths,)
+            for tensor in (split.points, split.labels, *lengths):
                 digest.update(str(tuple(tensor.shape)).encode())
                 digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()[:12]
@@ -131,13 +167,6 @@ def synthetic(train: int = 30, test: int = 12, points: int = 512, seed: int = 0)
         return Clouds(torch.from_numpy(np.stack(drawn)), torch.from_numpy(labels))
 
     return Dataset("synthetic", clouds(0, train), clouds(1, test), list(CLASSES))
-
-
-def subsample(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` points of every cloud at random, in random order: ``(B, count, 3)``."""
-    noise = torch.rand(points.shape[:2], generator=generator, device=points.device)
-    index = noise.topk(count, dim=1).indices
-    return points.gather(1, index.unsqueeze(-1).expand(-1, -1, 3))
 
 
 def augment(
@@ -212,4 +241,10 @@ CORRUPTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 def corrupted(clouds: Clouds, name: str, points: int) -> Clouds:
     """The first `points` points of every cloud, corrupted, the same way each time."""
     generator = torch.Generator(clouds.points.device).manual_seed(0)
-    return Clouds(CORRUPTIONS[name](clouds.points[:, :points], generator), clouds.labels)
+    corrupt, changed = CORRUPTIONS[name], clouds.points[:, :points].clone()
+    if clouds.lengths is None:
+        return Clouds(corrupt(changed, generator), clouds.labels)
+    lengths = clouds.lengths.clamp(max=points)
+    for cloud, length in zip(changed, lengths.tolist(), strict=True):
+        cloud[:length] = corrupt(cloud[None, :length], generator)[0]
+    return Clouds(changed, clouds.labels, lengths)

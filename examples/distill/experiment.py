@@ -22,7 +22,7 @@ from distill.methods import Distilled, Supervised
 from distill.networks import Network
 from distill.options import parse
 from distill.storage import load_checkpoint, save, write
-from distill.terms import of_discriminator, title
+from distill.terms import COMPARED, of_discriminator, title
 from distill.training import Run, Settings, fit
 from distill.views import Views
 from fad_loss import FeatureAdversarialLoss
@@ -42,6 +42,22 @@ def check_losses(options: argparse.Namespace) -> None:
         raise DataError(message) from error
 
 
+def check_ragged(options: argparse.Namespace) -> None:
+    """Find what does not go with clouds of unequal size."""
+    known = ", ".join(sorted(networks.RAGGED))
+    for role, arch in (("teacher", options.teacher_arch), ("student", options.student_arch)):
+        if arch not in networks.RAGGED:
+            message = f"--ragged: the {role}'s {arch} needs clouds of equal size; take {known}"
+            raise DataError(message)
+    dense = {n for method in options.loss for n in method.split("+") if n not in {"none", "fad"}}
+    for name in sorted(dense - COMPARED.keys()):
+        message = f"--ragged: {name} needs clouds of equal size; take fad, {', '.join(COMPARED)}"
+        raise DataError(message)
+    if options.views:
+        message = "--ragged: --views keeps clouds of equal size; leave one of them out"
+        raise DataError(message)
+
+
 def adversarial(options: argparse.Namespace, channels: int) -> dict[str, Any]:
     """What is given of the options of "fad"; without any it is the library's default."""
     return {**of_discriminator(options.discriminator, channels), **dict(options.fad)}
@@ -54,8 +70,17 @@ def load_data(options: argparse.Namespace) -> Dataset:
         data = synthetic(points=max(512, options.points))
     else:
         data = readers.read(
-            Path(options.data), cache=options.output, points=max(1024, options.points)
+            Path(options.data),
+            cache=options.output,
+            points=max(1024, options.points),
+            ragged=options.ragged,
         )
+    if options.ragged and data.train.lengths is None:
+        message = (
+            f"--ragged: the clouds of {options.data} are of equal size; "
+            "save an .npz with points, lengths and labels"
+        )
+        raise DataError(message)
     if options.validate:
         data = data.validation()
     for split in (data.train, data.test):
@@ -83,6 +108,8 @@ class Experiment:
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
         check_losses(options)
+        if options.ragged:
+            check_ragged(options)
         try:
             self.device = torch.device(options.device)
             torch.empty(1, device=self.device)
@@ -248,7 +275,8 @@ class Experiment:
         report.recover(self.rows)
         caption = (
             f"{data.name}: {len(data.train):,} training and {len(data.test):,} test clouds, "
-            f"{len(data.classes)} classes, {options.points} points"
+            f"{len(data.classes)} classes, {'up to ' if options.ragged else ''}"
+            f"{options.points} points"
         )
         self.console.print(report.table(self.rows, caption))
         report.plot(options.output / "curves.png", self.histories, caption)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.networks import Network
+from distill.networks import Network, pool
 from distill.terms import COMPARED, METHODS, WEIGHTS, of_discriminator
 from fad_loss import Distiller, FeatureAdversarialLoss, capture_features, interpolate
 
@@ -17,7 +17,7 @@ from fad_loss import Distiller, FeatureAdversarialLoss, capture_features, interp
 class Seen(NamedTuple):
     """What a network makes of a batch of clouds."""
 
-    points: Tensor  # features (B, N, C), of the layer that is distilled
+    points: Tensor  # features (B, N, C), or ragged, of the layer that is distilled
     pooled: Tensor  # their maximum over all points, (B, C)
     penultimate: Tensor  # what the last layer of the classifier takes, (B, C')
     logits: Tensor  # (B, classes)
@@ -35,7 +35,7 @@ def seen(network: Network, features: Mapping[str, Tensor]) -> Seen:
     points = features[network.layer]
     return Seen(
         points,
-        points.amax(dim=1),
+        pool(points, "max"),
         features[network.penultimate],
         features["classifier"],
         features[network.places],
@@ -199,7 +199,7 @@ class Distilled(Supervised):
             places = student.positions, known.positions
             if "fitnet" in self.terms:
                 matched = interpolate(known.points, places[1], places[0])
-        else:
+        elif not known.points.is_nested:
             student = student._replace(points=student.points[:, : known.points.shape[1]])
         for name, term in self.terms.items():
             if name not in found:

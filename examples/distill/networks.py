@@ -5,12 +5,14 @@ student 40 times smaller than its teacher is found (`widest`). The module path `
 names the layer to distil: it puts out one feature per point, ``(B, N, channels)``, and nothing but
 pooling and the classifier follows it; `places`, what puts out where those points lie; and
 `penultimate`, the layer before the classifier's last one. A network that `samples` chooses points
-for itself: point i of one is then not point i of another.
+for itself: point i of one is then not point i of another. PointNet takes ragged clouds as well
+(`RAGGED`).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -28,6 +30,21 @@ class Scale:
         return max(1, round(channels * self.width))
 
 
+def per_point(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """Apply what knows of no clouds: to ``(..., C)`` as rows, to ragged clouds packed."""
+    if points.is_nested:
+        made = function(points.values())
+        return torch.nested.nested_tensor_from_jagged(made, points.offsets())
+    return function(points.flatten(0, -2)).unflatten(0, points.shape[:-1])
+
+
+def pool(points: Tensor, how: str) -> Tensor:
+    """The "max" or "mean" over the points of each cloud, ``(B, N, C)`` or ragged, to ``(B, C)``."""
+    if points.is_nested:
+        return torch.segment_reduce(points.values(), how, lengths=points.offsets().diff())
+    return points.amax(dim=1) if how == "max" else points.mean(dim=1)
+
+
 class PointLayer(nn.Module):
     """A linear layer shared by all points, batch norm over all of them, an activation.
 
@@ -41,9 +58,7 @@ class PointLayer(nn.Module):
         self.activation = nn.LeakyReLU(slope) if slope else nn.ReLU()
 
     def forward(self, points: Tensor) -> Tensor:
-        features = self.linear(points)
-        normed = self.norm(features.flatten(0, -2))
-        return self.activation(normed).unflatten(0, features.shape[:-1])
+        return per_point(lambda rows: self.activation(self.norm(self.linear(rows))), points)
 
 
 class MaxPoolLayer(nn.Module):
@@ -53,7 +68,8 @@ class MaxPoolLayer(nn.Module):
     But each output depends on one point of its cloud, and the batch statistics of a linear map
     follow from the covariance C of its inputs (mean ``W m``, variance ``diag(W C W^T)``). So the
     ``(B, N, outputs)`` matrix is computed once without a gradient, to find the points that win, and
-    the gradient runs through those alone. Same values, same gradients, a third of the time.
+    the gradient runs through those alone. Same values, same gradients, a third of the time. Ragged
+    clouds are computed as written.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -62,6 +78,8 @@ class MaxPoolLayer(nn.Module):
         self.norm = nn.BatchNorm1d(outputs)
 
     def forward(self, points: Tensor) -> Tensor:
+        if points.is_nested:
+            return pool(per_point(lambda rows: self.norm(self.linear(rows)), points), "max")
         batch, count, _ = points.shape
         flat, weight, norm = points.flatten(0, 1), self.linear.weight, self.norm
         # Norm multiplies by its weight: where that is negative, the smallest value wins.
@@ -123,6 +141,10 @@ class TransformNet(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
         offset = self.matrix(self.cloud(self.points(points)))
         offset = offset.unflatten(-1, (self.channels, self.channels))
+        if points.is_nested:
+            pairs = zip(points.unbind(), offset, strict=True)
+            moved = torch.cat([torch.addmm(cloud, cloud, matrix) for cloud, matrix in pairs])
+            return torch.nested.nested_tensor_from_jagged(moved, points.offsets())
         return torch.baddbmm(points, points, offset)  # x (I + A), without building I
 
 
@@ -134,7 +156,7 @@ class PointNet(nn.Module):
         width: multiplies every channel count.
 
     Shape:
-        ``(B, N, 3)`` to logits ``(B, classes)``.
+        ``(B, N, 3)``, or ragged clouds, to logits ``(B, classes)``.
     """
 
     layer, places, samples = "encoder", "cloud", False
@@ -373,6 +395,7 @@ ARCHITECTURES: dict[str, type[Network]] = {
     "pointnet2": PointNet2,
     "dgcnn": DGCNN,
 }
+RAGGED = {"pointnet"}
 
 
 def build(arch: str, classes: int, width: float = 1.0) -> Network:

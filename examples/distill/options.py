@@ -57,6 +57,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, help="folder for the views, 1.3 GB each of 9,840 clouds (--output)")
     add("--validate", action="store_true", help="hold out a tenth of training as the test split")
     add("--points", type=_count, help="per cloud (default: 64 synthetic, else 256)")
+    add("--ragged", action="store_true", help="keep clouds with fewer points as they are, in "
+        "batches of unequal size, instead of repeating points")  # fmt: skip
     add("--epochs", type=_count, help="of the students (default: 18 synthetic, else 30)")
     add("--teacher-epochs", type=_count, help="(default: 12 synthetic, else 30)")
     add("--batch-size", type=_count, default=32)

@@ -28,13 +28,16 @@ from distill.files import KNOWN, cut, listing, sample, visible
 from distill.storage import write
 
 
-def read(source: Path, *, cache: Path | None = None, points: int = 1024) -> Dataset:
+def read(
+    source: Path, *, cache: Path | None = None, points: int = 1024, ragged: bool = False
+) -> Dataset:
     """Read whatever lies at `source`.
 
     Args:
         source: a file or a folder, see the module's description.
         cache: a folder to keep clouds in that were sampled from meshes.
-        points: how many points to sample from each mesh.
+        points: how many points to sample from each mesh, or to draw of clouds of unequal size.
+        ragged: keep those of them with fewer points as they are.
 
     Raises:
         DataError: there is nothing that can be read.
@@ -44,7 +47,7 @@ def read(source: Path, *, cache: Path | None = None, points: int = 1024) -> Data
         raise DataError(message)
     if source.is_file():
         if source.suffix == ".npz":
-            return read_npz(source, points=points)
+            return read_npz(source, points=points, ragged=ragged)
         if source.suffix in {".h5", ".hdf5"}:
             return read_scanobjectnn(source)
         message = f"{source}: expected a folder, an .npz or an .h5 file"
@@ -72,11 +75,19 @@ def dataset(
     test: tuple[np.ndarray, np.ndarray],
     names: list[str] | None = None,
     notes: tuple[str, ...] = (),
+    lengths: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Dataset:
-    """Check and normalise two splits of points ``(n, P, >= 3)`` and labels ``(n,)``."""
+    """Check and normalise two splits of points ``(n, P, >= 3)`` and labels ``(n,)``.
+
+    With `lengths`, the first so many points are the cloud, in random order already, and what
+    follows repeats them.
+    """
     most, total = -1, len(train[0]) + len(test[0]) if train[0].ndim and test[0].ndim else 0
     splits = []
-    for split, (points, given) in (("training", train), ("test", test)):
+    sizes = (None, None) if lengths is None else lengths
+    for split, (points, given), size in zip(
+        ("training", "test"), (train, test), sizes, strict=True
+    ):
         labels = np.asarray(given).reshape(-1)
         problem = ""
         if points.ndim == 3 and points.shape[1] == 3 < points.shape[2]:
@@ -110,21 +121,22 @@ def dataset(
             message = f"{source}: {problem}"
             raise DataError(message)
         most = max(most, int(labels.max()))
-        clouds = shuffled(normalize(points[..., :3]))
-        splits.append(Clouds(torch.from_numpy(clouds), torch.from_numpy(labels.astype(np.int64))))
+        clouds = normalize(points[..., :3])
+        made = (clouds if size is not None else shuffled(clouds), labels.astype(np.int64), size)
+        splits.append(Clouds(*(torch.from_numpy(part) for part in made if part is not None)))
     names = names or [str(label) for label in range(most + 1)]
     return Dataset(source.stem, splits[0], splits[1], names, notes)
 
 
-def read_npz(path: Path, *, points: int = 1024) -> Dataset:
+def read_npz(path: Path, *, points: int = 1024, ragged: bool = False) -> Dataset:
     """Read points and labels.
 
     Either ``train_points``, ``train_labels``, ``test_points`` and ``test_labels``; or ``points``
     and ``labels`` (or ``data``/``x`` and ``label``/``y``), with ``n_train`` if the first so many
     are for training, else a fifth of each class is held out. With ``lengths``, the points
     ``(sum of the lengths, 3)`` are clouds of unequal size one after the other, of which `points`
-    each are drawn. ``deltas`` instead of points are clouds coded as differences. ``classes`` names
-    the classes.
+    each are drawn, or, for `ragged` batches, at most so many. ``deltas`` instead of points are
+    clouds coded as differences. ``classes`` names the classes.
     """
     failures = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, NotImplementedError)
     try:
@@ -156,8 +168,10 @@ def read_npz(path: Path, *, points: int = 1024) -> Dataset:
         message = f"{path}: expected arrays named points and labels, found {found}"
         raise DataError(message)
     labels = labels.reshape(-1)
+    lengths = None
     if "lengths" in arrays:
         clouds = _ragged(path, clouds, arrays["lengths"], points)
+        lengths = np.minimum(arrays["lengths"].astype(np.int64), points) if ragged else None
     if len(clouds) != len(labels):
         message = f"{path}: {len(clouds)} clouds, but {len(labels)} labels"
         raise DataError(message)
@@ -168,7 +182,10 @@ def read_npz(path: Path, *, points: int = 1024) -> Dataset:
             message = f"{path}: expected n_train to be one integer, got {count.dtype} {count.shape}"
             raise DataError(message)
         test = np.arange(len(labels)) >= int(count.reshape(()))
-    return dataset(path, (clouds[~test], labels[~test]), (clouds[test], labels[test]), names)
+    splits = (~test, test)
+    train_split, test_split = ((clouds[split], labels[split]) for split in splits)
+    sizes = None if lengths is None else (lengths[~test], lengths[test])
+    return dataset(path, train_split, test_split, names, lengths=sizes)
 
 
 def _ragged(path: Path, points: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:

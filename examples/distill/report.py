@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from distill.data import CORRUPTIONS, Clouds, corrupted
-from distill.networks import Network
+from distill.networks import Network, pool
 from distill.storage import write
 from distill.training import Record, accuracy
 from fad_loss import capture_features, metrics
@@ -117,9 +117,9 @@ def evaluate(network: Network, clouds: Clouds, points: int) -> Evaluation:
     rows = []
     with capture_features(network, network.layer) as features:
         for start in range(0, len(clouds), 128):
-            network(clouds.points[start : start + 128, :points])
+            network(clouds.select(slice(start, start + 128)).first(points))
             level = features[network.layer]
-            rows.append(torch.cat([level.amax(dim=1), level.mean(dim=1)], dim=1))
+            rows.append(torch.cat([pool(level, "max"), pool(level, "mean")], dim=1))
     return Evaluation(
         accuracy(network, clouds, points),
         {name: accuracy(network, corrupted(clouds, name, points), points) for name in CORRUPTIONS},

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from distill.data import Clouds, DataError, Dataset, augment, subsample
+from distill.data import Clouds, DataError, Dataset, augment, packed
 from distill.storage import load_checkpoint, save, write
 
 Record: TypeAlias = dict[str, float]
@@ -122,9 +122,8 @@ def accuracy(network: nn.Module, clouds: Clouds, points: int, batch_size: int = 
     network.eval()
     right = torch.zeros((), dtype=torch.int64, device=clouds.labels.device)
     for start in range(0, len(clouds), batch_size):
-        batch = slice(start, start + batch_size)
-        guess = network(clouds.points[batch, :points]).argmax(dim=-1)
-        right += (guess == clouds.labels[batch]).sum()
+        batch = clouds.select(slice(start, start + batch_size))
+        right += (network(batch.first(points)).argmax(dim=-1) == batch.labels).sum()
     return right.item() / len(clouds)
 
 
@@ -186,8 +185,11 @@ def fit(
                 group["lr"] = settings.rate(done)
             batch, known = data.train.select(index), None
             if views is None:
-                points = subsample(batch.points, settings.points, generator)
-                points = augment(points, generator, jitter=settings.jitter, rotate=settings.rotate)
+                drawn = batch.draw(settings.points, generator)
+                points = augment(
+                    drawn.points, generator, jitter=settings.jitter, rotate=settings.rotate
+                )
+                points = packed(points, drawn.lengths)
             else:
                 points, known = views.take(epoch, index)
             made = objective(points, batch.labels, known)

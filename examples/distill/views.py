@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data import Clouds, augment, subsample
+from distill.data import Clouds, augment
 from distill.methods import Seen, teach
 from distill.networks import Network
 from distill.training import Settings
@@ -95,8 +95,8 @@ class Views:
                 generator = torch.Generator(device).manual_seed(view)
                 for start in range(0, len(clouds), BATCH):
                     part = slice(start, start + BATCH)
-                    points = subsample(clouds.points[part], settings.points, generator)
-                    points = augment(points, generator, **augmented)
+                    drawn = clouds.select(part).draw(settings.points, generator)
+                    points = augment(drawn.points, generator, **augmented)
                     known = teach(teacher, points)
                     known = known._replace(
                         points=known.points[:, :kept], positions=known.positions[:, :kept]

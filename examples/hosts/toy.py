@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 PRIMITIVES = 4
 CLASSES = PRIMITIVES * PRIMITIVES
+IGNORED = -1
 Clouds = tuple[Tensor, Tensor, Tensor]
 
 
@@ -58,6 +59,26 @@ def clouds(count: int, points: int = 64, seed: int = 0) -> Clouds:
         [x * turn.cos() - y * turn.sin(), x * turn.sin() + y * turn.cos(), height], -1
     )
     return cloud + 0.03 * torch.randn(cloud.shape, generator=random), labels, parts
+
+
+def scenes(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Shapes of 30 to 64 points, each on a floor of 16: coordinates, and labels of each point."""
+    random = torch.Generator().manual_seed(seed)
+    found = []
+    for points, parts in zip(*clouds(count, seed=seed)[::2], strict=True):
+        size = int(torch.randint(30, 65, (), generator=random))
+        floor = 3 * torch.rand(16, 3, generator=random) - 1.5
+        floor[:, 2] = -1.5
+        labels = torch.cat([parts[:size], torch.full((16,), IGNORED)])
+        found.append((torch.cat([points[:size], floor]), labels))
+    return found
+
+
+def collate(chosen: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What Pointcept's collate function makes of a batch."""
+    coordinates, labels = zip(*chosen, strict=True)
+    ends = torch.tensor([len(one) for one in labels]).cumsum(0)
+    return {"coord": torch.cat(coordinates), "segment": torch.cat(labels), "offset": ends}
 
 
 def batches(data: Clouds, epoch: int, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
@@ -225,6 +246,14 @@ def duel(
 def share(logits: Tensor, labels: Tensor) -> float:
     """Per cent of the logits whose largest is that of the label."""
     return 100 * (logits.argmax(-1) == labels).float().mean().item()
+
+
+def miou(guess: Tensor, truth: Tensor) -> float:
+    """Mean over the primitives of the intersection of guess and truth over their union."""
+    kinds = torch.arange(PRIMITIVES).unsqueeze(1)
+    mine, its = guess.flatten() == kinds, truth.flatten() == kinds
+    its_union = (mine | its)[:, truth.flatten() >= 0].sum(1)
+    return 100 * ((mine & its).sum(1) / its_union).mean().item()
 
 
 def start(options: argparse.ArgumentParser) -> argparse.Namespace:
