@@ -405,7 +405,7 @@ class FeatureAdversarialLoss(WideBuffers):
                 self.student_units.observe(fake)
                 self.teacher_units.observe(real)
             fake = self.student_units(fake.map(at_least_float32))
-        fake = fake.map(lambda v: entrance.adapt(self.adapter, v, self.teacher_channels))
+        fake = fake.map(lambda v: entrance.adapt(self.adapter, v, self.teacher_channels)).filled()
         dtype = torch.promote_types(fake.features.dtype, real.features.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
         fake, real = (points.map(lambda values: values.to(dtype)) for points in (fake, real))

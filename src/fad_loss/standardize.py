@@ -87,11 +87,11 @@ class Standardize(WideBuffers):
         center, unit = self.mean.to(dtype), self.unit().to(dtype)
         if not (self.training and points.features.requires_grad and torch.is_grad_enabled()):
             # The mean goes first: (x - mean) keeps digits that x * scale - mean * scale has lost.
-            return points.map(lambda values: (values - center) / unit)
+            return points.map(lambda values: (values - center) / unit).filled()
         mean, variance = moments(points)
         spread = unit_of(mean, variance)
         ratio, shift = spread.detach() / unit, (mean.detach() - center) / unit
-        return points.map(lambda values: (values - mean) / spread * ratio + shift)
+        return points.map(lambda values: (values - mean) / spread * ratio + shift).filled()
 
     def unit(self) -> Tensor:
         """What one unit is in the features' own, ``(C,)``."""

@@ -153,3 +153,17 @@ def test_points_that_cannot_correspond_are_refused_before_they_are_drawn():
     for _ in (fad.train(), fad.eval()):
         with pytest.raises(ValueError, match=r"condition: .*\(2, 8, 3\).*\(2, 16, 3\)"):
             fad(student, teacher)
+
+
+def test_what_pads_small_clouds_does_not_reach_the_gradient():
+    """Two points that coincide, far from 0: in their units, 0 would be 1e5 away."""
+    torch.manual_seed(0)
+    x, y = (torch.full((2, 17), value, dtype=torch.bfloat16) for value in (0.01, -0.01))
+    student = x.clone().requires_grad_()
+    fad = FeatureAdversarialLoss(17, 17)
+    fad(ragged(student, lengths=[2]), ragged(y, lengths=[2])).backward()
+    assert student.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in fad.parameters())
+    game = fad._game(ragged(student, lengths=[2]), ragged(y, lengths=[2]), None, None, None)
+    for points in (game.student, game.teacher):
+        assert (points.features[~points.mask] == 0).all()

@@ -230,3 +230,24 @@ def test_coinciding_clusters_in_float64(name, fused, device):
         gradients = torch.autograd.grad(value.sum(), (x, y))
         for got, want in zip(gradients, torch.autograd.grad(true.sum(), wide), strict=True):
             assert relative(got.cpu(), want) < 1e-9
+
+
+@pytest.mark.parametrize("far", [1e4, 1e5, 1e6])
+def test_a_row_far_beyond_epsilon_has_a_gradient_that_is_a_mean(far):
+    """Its exponentials are rounding errors of distances; they must not become infinite weights.
+
+    So are padded points, which no bias lets count, and whose incoming gradient is 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 64, 17, generator=generator)
+    x[:, 2:] = far * torch.randn(17, generator=generator)
+    bias = torch.full((1, 64), -torch.inf)
+    bias[:, :2] = 0
+    points = x.clone().requires_grad_()
+    out = ops.softmin(points, x, 0.2, None, bias, backend="tiled")
+    incoming = torch.ones_like(out)
+    incoming[:, 32:] = 0
+    (got,) = torch.autograd.grad(out, points, incoming)
+    assert got[:, 32:].abs().max() == 0
+    longest = torch.cdist(x, x[:, :2]).amax(-1, keepdim=True)
+    assert (got.norm(dim=-1, keepdim=True) <= 2.01 * longest).all()

@@ -225,7 +225,9 @@ class _Exponentials:
         tiles = []
         for e, eps in enumerate(self.epsilon):
             shifted = tile.d if self.h is None else tile.d - self.h[:, e, :, tile.columns]
-            tiles.append((self.least[:, tile.rows, e, None] - shifted).mul_(1 / eps).exp_())
+            # Never above 0, but for the rounding of a distance that is much larger than eps.
+            above = (self.least[:, tile.rows, e, None] - shifted).mul_(1 / eps).clamp_(max=0)
+            tiles.append(above.exp_())
         return tiles
 
 
