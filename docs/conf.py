@@ -92,6 +92,7 @@ LINKED = {
         "https://docs.pytorch.org/docs/stable/",
         {
             "torch.Tensor": ("class", "tensors.html#torch.Tensor"),
+            "torch.device": ("class", "tensor_attributes.html#torch.device"),
             "torch.nn.modules.module.Module": ("class", _MODULE),
         },
     ),

@@ -2,7 +2,7 @@
 
 The teacher is a transformer over 64 points; the student a PointNet that sees 40 others of the same
 surface. Nothing corresponds, so the loss is told where the points lie. It compares the teacher's
-first block: from the last one, which mixes the whole cloud, students gained nothing.
+first block: from the last one students gained nothing.
 """
 
 from __future__ import annotations

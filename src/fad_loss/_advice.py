@@ -29,6 +29,7 @@ class Advice:
         self.version = -1
         self.updates = 0
         self.versions: dict[str, int] | None = None
+        self.balanced = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Advice:
         return Advice()
@@ -81,6 +82,18 @@ class Advice:
                 f"loss's {len(self.versions)} trainable parameters ({', '.join(self.versions)}) "
                 "has moved; give them to the optimizer: "
                 "torch.optim.AdamW([*student.parameters(), *fad.parameters()])",
+            )
+
+    def on_balance(self, measured: Tensor) -> None:
+        """With `balance`, other losses' gradients arrive at the features that the loss got."""
+        self.balanced += 1
+        if self.balanced == _UPDATES + 1 and not bool(measured > 0):
+            self._say(
+                "balance",
+                f"balance: in {_UPDATES} steps no gradient of another loss arrived at the "
+                "student's features, so there is nothing to balance with; give this loss the "
+                "tensor that the task's loss is computed from, no copy of it and no ragged(...) "
+                "of it, or set balance=False",
             )
 
     def on_scores(self, scores: Tensor) -> None:

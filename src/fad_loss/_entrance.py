@@ -239,7 +239,8 @@ def draw(game: Game, most: int, discriminator: Discriminator) -> Game:
     )
     if discriminator.corresponding and teacher.positions is not None:
         # The teacher's points are for the interpolation to choose from.
-        return replace(game, student=student.draw(most, chance), labels=_whole_labels(game))
+        drawn = student.draw(most, chance), teacher.padded()
+        return Game(*drawn, _whole_labels(game))
     if discriminator.corresponding and dense and sizes[0] != sizes[1]:
         return game  # for the discriminator to refuse: equal numbers would hide it
     labels = game.labels

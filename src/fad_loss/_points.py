@@ -250,6 +250,14 @@ class Points:
             features = torch.where(mask.unsqueeze(-1), features, 0)
         return Points(features, None, mask, positions)
 
+    def padded(self) -> Points:
+        """All points, as dense clouds; how many the largest has, a GPU may have to be asked."""
+        if self.offsets is None:
+            return self
+        most = self.bounds[1]
+        count = max(1, int(self.lengths().max()) if most is None else most)
+        return self.draw(count, self.features.new_zeros(self.batch, count + 1, dtype=torch.float64))
+
     # ------------------------------------------------------------------------- cloud by cloud
 
     def sum(self, values: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class GradientBalance(nn.Module):
     are measured in the backward passes that the loop makes, one for all or one for each loss, by
     hooks, and used from the next step on: the factor is a constant to every gradient. Of several
     passes over the same features (a probe by `torch.autograd.grad` before the real one, say) the
-    last in which a gradient came counts. A loss scaler, or a division for gradient accumulation,
+    last in which a gradient came counts. Where the features are a view of all of another tensor
+    (transposed, say), what arrives at that one is measured. A loss scaler, or a division for gradient accumulation,
     multiplies both and cancels. What is not finite, or where one of the two is zero, is not
     counted. The factor stays between 1/1000 and 1000.
 
@@ -79,7 +80,7 @@ class GradientBalance(nn.Module):
         # norms of the task's gradient and of the term's own. Saved, so that a checkpoint between
         # the two loses nothing.
         self.register_buffer("pending", torch.zeros(2))
-        self._handle: Any = None
+        self._handles: list[Any] = []
 
     def factor(self) -> Tensor:
         """What to multiply the term by: 1 until something was measured."""
@@ -91,7 +92,8 @@ class GradientBalance(nn.Module):
         """The same features, for the term to use: what it sends back is told from all else.
 
         Args:
-            features: the student's, which other losses see as well.
+            features: the student's, which other losses see as well; or a view of all of them
+                (transposed, say), while the others see what it is a view of.
             weight: what the term's gradient is multiplied by this time, the factor included.
         """
         if torch.compiler.is_compiling():
@@ -107,30 +109,44 @@ class GradientBalance(nn.Module):
         own = features.clone() if is_ragged(features) else features.view_as(features)
         # A copy: autograd adds the other gradients to this one in place.
         own.register_hook(lambda gradient: sent.append(gradient.detach().clone()))  # type: ignore[no-untyped-call]
+        latest: dict[int, Tensor] = {}  # what the term sent in that backward pass
 
         @torch.no_grad()
         def arrived(total: Tensor) -> None:
             """A backward pass has brought `total`, of which the term sent what came before."""
             rest = _values(total.detach())
-            latest = [rest.new_zeros(()), rest.new_zeros(())]
-            if sent:
-                mine = _values(sum(sent[1:], sent[0]))
-                rest = rest - mine
-                latest[1] = _norm(mine) / weight
-                sent.clear()
-            latest[0] = _norm(rest)
-            seen = torch.stack([n.to(self.pending.dtype) for n in latest])
-            self.pending.copy_(torch.where(seen == 0, self.pending, seen))
+            latest.clear()
+            if not sent:
+                self._see(rest)
+                return
+            mine = latest[_backward_pass()] = _values(sum(sent[1:], sent[0]))
+            sent.clear()
+            self._see(rest - mine, mine / weight)
 
-        self._handle = features.register_hook(arrived)  # type: ignore[no-untyped-call]
+        @torch.no_grad()
+        def arrived_at_base(total: Tensor) -> None:
+            """The same where the features are a view, and other losses see what they view."""
+            mine = latest.get(_backward_pass())
+            self._see(total.detach() if mine is None else total - _placed(mine, features, total))
+
+        self._handles = [features.register_hook(arrived)]  # type: ignore[no-untyped-call]
+        base = None if is_ragged(features) else features._base
+        if base is not None and base.requires_grad and base.numel() == features.numel():
+            self._handles.append(base.register_hook(arrived_at_base))  # type: ignore[no-untyped-call]
         return own
+
+    def _see(self, task: Tensor, own: Tensor | None = None) -> None:
+        """Keep the norms of what a backward pass has brought, unless they are 0."""
+        norms = [_norm(task), task.new_zeros(()) if own is None else _norm(own)]
+        seen = torch.stack([n.to(self.pending.dtype) for n in norms])
+        self.pending.copy_(torch.where(seen == 0, self.pending, seen))
 
     @torch.no_grad()
     def _count(self) -> None:
         """Count what the backward passes since the last call have shown."""
-        if self._handle is not None:
-            self._handle.remove()  # a leaf would keep it
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()  # a leaf would keep it
+        self._handles = []
         usable = (torch.isfinite(self.pending) & (self.pending > 0)).all()
         seen = torch.cat([self.pending, usable.to(self.pending).reshape(1)])
         seen = torch.where(usable, seen, 0.0)
@@ -145,7 +161,23 @@ class GradientBalance(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """A copy watches no backward pass of the original."""
-        return {**self.__dict__, "_handle": None}
+        return {**self.__dict__, "_handles": []}
+
+
+def _backward_pass() -> int:
+    """Which of the running process's backward passes this is."""
+    return torch._C._current_graph_task_id()
+
+
+def _placed(gradient: Tensor, view: Tensor, like: Tensor) -> Tensor:
+    """The gradient of `view`, which shows all of its base, as one of the base."""
+    base = view._base
+    if base is None:
+        raise RuntimeError("not a view")
+    placed = torch.empty_strided(base.shape, base.stride(), dtype=like.dtype, device=like.device)
+    offset = view.storage_offset() - base.storage_offset()
+    placed.as_strided(view.shape, view.stride(), offset).copy_(gradient)
+    return placed
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -387,6 +387,8 @@ class FeatureAdversarialLoss(WideBuffers):
         if watched:
             self._advice.on_features(student, teacher)
             self._advice.on_parameters(self, self._made_with, student)
+            if self.balance is not None:
+                self._advice.on_balance(self.balance.measured)
         if self.training and self.max_points is not None and student.dim() > 2:
             game = entrance.draw(game, self.max_points, self.discriminator)
         game = entrance.correspond(game.filled(), self.discriminator)

@@ -252,3 +252,41 @@ def test_a_step_that_overflowed_is_forgotten():
     assert int(fad.balance.measured) == 2
     assert fad.balance.task.isfinite()
     assert fad.balance.own.isfinite()
+
+
+@pytest.mark.parametrize(
+    "to_base, view",
+    [
+        (lambda t: t.transpose(1, 2).contiguous(), lambda base: base.transpose(1, 2)),
+        (lambda t: t.flatten(0, 1), lambda base: base.view(5, 12, 4)),
+    ],
+)
+def test_a_view_of_the_features_that_the_task_sees(to_base, view):
+    """A network puts out (B, C, N), the loss gets (B, N, C): the share is the same either way."""
+    encoder, fad, points, teacher = problem(weight=0.5)
+    other = copy.deepcopy(fad)
+    for _ in range(3):
+        features = encoder(points)
+        (task(features) + fad(features, teacher)).backward()
+        base = to_base(encoder(points)) * 1
+        (task(view(base)) + other(view(base), teacher)).backward()
+    fad.balance.factor(), other.balance.factor()  # counts the last pass
+    assert int(other.balance.measured) == 3
+    for name in ("task", "own"):
+        torch.testing.assert_close(getattr(other.balance, name), getattr(fad.balance, name))
+
+
+def test_says_once_that_nothing_else_arrives():
+    encoder, fad, points, teacher = problem()
+    whole = ragged(teacher.flatten(0, 1), lengths=[12] * 5)
+
+    def train(steps):
+        for _ in range(steps):
+            features = encoder(points)
+            clouds = ragged(features.flatten(0, 1), lengths=[12] * 5)
+            (task(features) + fad(clouds, whole)).backward()
+
+    with pytest.warns(UserWarning, match="balance: in 10 steps no gradient of another") as said:
+        train(15)
+    assert len([w for w in said if "balance" in str(w.message)]) == 1
+    assert int(fad.balance.measured) == 0

@@ -294,3 +294,23 @@ def test_ragged_clouds_that_are_drawn_train(name):
     assert loss.isfinite()
     assert leaf.grad.isfinite().all()
     assert leaf.grad[here].any()
+
+
+def test_ragged_clouds_with_positions_correspond_while_they_train():
+    """Dense ones with a mask agree, where all points are drawn; the teacher's are interpolated."""
+    student, teacher, here, there = uneven("paired")
+    places, others = normal(B, N, 3, seed=5), normal(B, N, 3, seed=6)
+    results = []
+    for form in ("masked", "ragged"):
+        fad, leaf = make("paired", max_points=N), student.clone().requires_grad_()
+        if form == "masked":
+            loss = fad(leaf, teacher, mask=(here, there), positions=(places, others))
+        else:
+            mine, its, at, around = (
+                ragged(x[mask], lengths=mask.sum(1))
+                for x, mask in ((leaf, here), (teacher, there), (places, here), (others, there))
+            )
+            loss = fad(mine, its, positions=(at, around))
+        loss.backward()
+        results.append([loss.detach(), leaf.grad])
+    torch.testing.assert_close(*results)
