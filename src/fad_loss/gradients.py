@@ -46,9 +46,9 @@ class GradientBalance(nn.Module):
     hooks, and used from the next step on: the factor is a constant to every gradient. Of several
     passes over the same features (a probe by `torch.autograd.grad` before the real one, say) the
     last in which a gradient came counts. Where the features are a view of all of another tensor
-    (transposed, say), what arrives at that one is measured. A loss scaler, or a division for gradient accumulation,
-    multiplies both and cancels. What is not finite, or where one of the two is zero, is not
-    counted. The factor stays between 1/1000 and 1000.
+    (transposed, say), what arrives at that one is measured. A loss scaler, or a division for
+    gradient accumulation, multiplies both and cancels. What is not finite, or where one of the two
+    is zero, is not counted. The factor stays between 1/1000 and 1000.
 
     The buffers are saved with a ``state_dict``. In a process group the measurements of all ranks
     are averaged, so that all use the same factor.
