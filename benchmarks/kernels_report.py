@@ -228,7 +228,10 @@ def describe(function: Any, arguments: dict[str, Any], architecture: int) -> dic
         **usage(result.asm["cubin"]),
         "loop": loop,
         "inner_loop": inner,
-        "limits": limits(function.fn.__name__, arguments, architecture, (loop, inner)),
+        # What prepares, or brings shares together, has no tile of rows and columns.
+        "limits": limits(function.fn.__name__, arguments, architecture, (loop, inner))
+        if {"BLOCK_ROWS", "BLOCK_COLUMNS"} <= set(arguments)
+        else {},
         "shared": result.metadata.shared,
         "instructions": {
             name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()

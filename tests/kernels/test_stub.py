@@ -205,7 +205,7 @@ def test_shared_memory_is_checked_as_on_the_machine(monkeypatch):
 
     monkeypatch.setitem(MACHINES, 120, (1, 170))
     monkeypatch.setattr(
-        configurations, "entries", lambda *_: (configurations.Tile(64, 64, 64, 4, 3),)
+        configurations, "entries", lambda *_: (configurations.Tile(64, 64, 64, 4, 3, 0),)
     )
     torch.set_float32_matmul_precision("highest")
     # Another number of channels than elsewhere: nothing of it is compiled, nor its limits known.
