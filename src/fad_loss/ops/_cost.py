@@ -40,7 +40,7 @@ class Cost:
         measured: whether the constants were measured on this machine; else they are estimates.
 
     Example:
-        >>> x = torch.empty(2, 1000, 64)
+        >>> x = torch.zeros(2, 1000, 64)
         >>> isinstance(cost("nearest", x, x), Cost)
         True
     """
