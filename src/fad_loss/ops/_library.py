@@ -161,8 +161,12 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         pull = weight[..., part].unsqueeze(-1) * (own - chosen)
         to_x = pull.sum(-2) if to_x is None else to_x + pull.sum(-2)
         if ctx.needs_input_grad[1]:
-            where = (near.reshape(-1),)
-            spread = spread.index_put(where, -pull.reshape(-1, y.shape[-1]), accumulate=True)
+            where, push = near.reshape(-1), -pull.reshape(-1, y.shape[-1])
+            # Both add in a fixed order, index_add on a CPU alone, and faster there.
+            if y.device.type == "cpu":
+                spread = spread.index_add(0, where, push)
+            else:
+                spread = spread.index_put((where,), push, accumulate=True)
     to_y = spread.view(y.shape).to(y.dtype) if ctx.needs_input_grad[1] else None
     return None if to_x is None else to_x.to(x.dtype), to_y, *[None] * 5
 
