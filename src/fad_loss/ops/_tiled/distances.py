@@ -52,7 +52,7 @@ PULL_ERROR = 4.0
 
 
 @dataclass(frozen=True)
-class _Points:
+class Points:
     """A group's points in one dtype: centered, for products, with their squared norms."""
 
     x: Tensor
@@ -61,15 +61,15 @@ class _Points:
     y_norms: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, dtype: torch.dtype) -> _Points:
-        """Subtract the mean of y from both."""
+    def of(cls, x: Tensor, y: Tensor, dtype: torch.dtype, shrinking: float = 0.25) -> Points:
+        """Subtract the mean of y from both, if the squares shrink by such a share."""
         x, y = x.to(dtype), y.to(dtype)
         if not y.shape[1]:
             return cls(x, y, norms(x), norms(y))
         center, y_norms = y.mean(1, keepdim=True), norms(y)
-        # On a CPU, where looking costs nothing and a copy does: points that lie around the origin,
-        # so that the squares would shrink by less than a quarter, stay as they are.
-        near = norms(center).mul_(4) <= y_norms.mean(1, keepdim=True)
+        # On a CPU, where looking costs nothing and a copy does: points that lie around the origin
+        # stay as they are.
+        near = norms(center) <= y_norms.mean(1, keepdim=True).mul_(shrinking)
         if x.device.type != "cpu" or not near.all():
             x, y = x - center, y - center
             y_norms = norms(y)
@@ -162,7 +162,7 @@ class Clouds:
         self.checks = False
         if self.ways[0] is None:
             return
-        self.points = _Points.of(self.x, self.y, self.ways[0])
+        self.points = Points.of(self.x, self.y, self.ways[0])
         if not self.looks or not self.points.x_norms.numel() or not self.points.y_norms.numel():
             return
         largest = float(self.points.x_norms.amax() + self.points.y_norms.amax())
@@ -331,7 +331,7 @@ def _channels(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 def norms(t: Tensor) -> Tensor:
     """Squared norms: not by vector_norm, whose square errs by a rounding more."""
-    if t.device.type != "cpu":
+    if t.device.type != "cpu" or t.numel() <= tile_size(t):
         squares: Tensor = torch.linalg.vecdot(t, t)
         return squares
     # Squares of a few points at a time, in memory that stays in the cache: clearing new memory for

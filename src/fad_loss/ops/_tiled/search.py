@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._precision import rounding_unit
+from fad_loss.ops._tiled.distances import Points
 from fad_loss.ops._tiled.network import smallest
 from fad_loss.ops._tiled.tiles import (
     DIRECT_CHANNELS,
@@ -43,7 +44,7 @@ ROWS = 64
 # A tile's columns are folded into 1/FOLD as many minima, which vectorises, before anyone looks for
 # an index, which does not.
 FOLD = 16
-# Up to so many columns, finding the smallest at once is faster than folding.
+# Up to so many columns, arithmetic with all of them is faster than folding.
 FEW_COLUMNS = 256
 # Up to so many columns per neighbor, multiplying in float64 costs less than recomputing distances.
 COLUMNS_PER_NEIGHBOR = 32
@@ -51,7 +52,7 @@ COLUMNS_PER_NEIGHBOR = 32
 # columns is below this, few rows have two that agree in what is left.
 LONGEST_NETWORK = 1 << 20
 # Elements of the candidates whose distances are computed at once on a CPU: they stay in the cache.
-EXACT_TILE = 1 << 16
+EXACT_TILE = 1 << 17
 
 
 def knn(
@@ -91,11 +92,11 @@ class _Buffers:
 
 
 class _Screened(NamedTuple):
-    """The k best of a tile of rows by score; every other score is at least `following`."""
+    """What the scores of a tile of rows say."""
 
-    score: Tensor  # (b, r, k) ascending
-    index: Tensor  # type: ignore[assignment]  # (b, r, k)
-    following: Tensor  # (b, r)
+    index: Tensor  # type: ignore[assignment]  # (b, r, k) the k best; y's size for none
+    limit: Tensor  # (b, r): no other score that is among the k nearest lies above
+    doubtful: Tensor  # (b, r): whether another one lies below
 
 
 class _Search:
@@ -109,7 +110,7 @@ class _Search:
         dtype = accumulation_dtype(x.dtype)
         self.x, self.y = x.to(dtype), y.to(dtype)
         self.k, self.exclude_self, self.buffers = k, exclude_self, buffers
-        clouds, self.size, channels = y.shape
+        self.size, channels = y.shape[1:]
         self.direct = channels <= DIRECT_CHANNELS
         self.looks = x.device.type == "cpu"
         few = 1 < k < self.size <= COLUMNS_PER_NEIGHBOR * k
@@ -127,33 +128,18 @@ class _Search:
         if self.direct:
             self.left, self.right = self.x, pad(self.y, (0, 0, 0, filling), value=torch.inf)
             return
-        # left = (-2 x, 1) and right = (y, |y|^2): the additional channel spares a pass over the
-        # tile that would add the norms.
-        center = self.y.mean(1, keepdim=True).to(multiplied)
-        # Both in one piece: of memory in few large pieces, the C library keeps more.
-        sizes = x.shape[1], self.size + filling
-        held = buffers.take("points", (clouds * sum(sizes), channels + 1), center)
-        self.left = held[: clouds * sizes[0]].view(clouds, -1, channels + 1)
-        self.right = held[clouds * sizes[0] :].view(clouds, -1, channels + 1)
-        left, right = self.left[..., :-1], self.right[:, : self.size, :-1]
-        if self.wide:  # a difference of two dtypes would take a slower way
-            left.copy_(self.x).sub_(center).mul_(-2)
-            right.copy_(self.y).sub_(center)
-        else:
-            torch.sub(2 * center, self.x, alpha=2, out=left)
-            torch.sub(self.y, center, out=right)
-        self.left[..., -1] = 1
-        norms = torch.linalg.vector_norm(right, dim=-1).square_()
-        self.right[:, : self.size, -1] = norms
-        if filling:
-            self.right[:, self.size :, :-1] = 0
-            self.right[:, self.size :, -1] = torch.inf
+        # Uncentered points, where norms would shrink by less than nine tenths, cost some rows that
+        # have to be looked at again; centering costs copies of all of them.
+        points = Points.of(self.x, self.y, multiplied, shrinking=0.9)
+        self.left, self.right = points.x, points.y
+        self.norms, self.bias = points.x_norms, points.y_norms
         # Twice the error of a score: what lies further than this behind cannot come first. Products
         # of tiny numbers underflow: an error that does not shrink with them.
-        self.norms = torch.linalg.vector_norm(left, dim=-1).square_().div_(4)
-        self.slack = self.norms.clone()
-        self.slack.add_(norms.amax(1, keepdim=True)).mul_(2 * self.error)
-        self.slack.add_(torch.finfo(dtype).tiny)
+        self.slack = self.norms + self.bias.amax(1, keepdim=True)
+        self.slack.mul_(2 * self.error).add_(torch.finfo(dtype).tiny)
+        if filling:
+            self.right = pad(self.right, (0, 0, 0, filling))
+            self.bias = pad(self.bias, (0, filling), value=torch.inf)
 
     def run(self, distance: Tensor, index: Tensor) -> None:
         """Fill the results, (b, n, k)."""
@@ -164,12 +150,10 @@ class _Search:
             if self.wide:
                 self._settle(scores, rows, distance, index)
                 continue
-            best = _fold_minimum(scores) if self.k == 1 else _smallest(scores, self.k)
-            last = best.score[..., -1]
-            limit = last + (last * (2 * self.error) if self.direct else self.slack[:, rows])
+            best, limit, doubtful = self._screen(scores, rows)
             if self.looks:
                 self._accept(best, rows, distance[:, rows], index[:, rows])
-                cloud, row = (best.following <= limit).nonzero(as_tuple=True)
+                cloud, row = doubtful.nonzero(as_tuple=True)
             else:
                 cloud = torch.arange(clouds, device=limit.device).repeat_interleave(limit.shape[1])
                 row = torch.arange(limit.shape[1], device=limit.device).repeat(clouds)
@@ -177,6 +161,25 @@ class _Search:
                 score, bound = scores[cloud, row, : self.size], limit[cloud, row].unsqueeze(-1)
                 possible = (score <= bound) & (score < torch.inf)
                 self._resolve(cloud, row + rows.start, possible, distance, index)
+
+    def _slack(self, last: Tensor, rows: slice) -> Tensor:
+        """Twice the error of the scores of some rows, whose k-th best are known, (b, r)."""
+        if self.direct:
+            return (last * (2 * self.error)).add_(torch.finfo(last.dtype).tiny)
+        return self.slack[:, rows]
+
+    def _screen(self, scores: Tensor, rows: slice) -> _Screened:
+        """The k best of each row, and whether the error of the scores leaves them open."""
+        if self.k == 1 and scores.shape[-1] <= FEW_COLUMNS and self.looks:
+            least = scores.amin(-1)
+            return _sole(scores, least, self._slack(least, rows))
+        score, index, following = (
+            _fold_minimum(scores) if self.k == 1 else _smallest(scores, self.k)
+        )
+        last = score[..., -1]
+        limit = last + self._slack(last, rows)
+        index = torch.where(score < torch.inf, index, self.size)
+        return _Screened(index, limit, following <= limit)
 
     def _settle(self, scores: Tensor, rows: slice, distance: Tensor, index: Tensor) -> None:
         """Take the neighbors by scores in float64, and look again at rows that they do not settle.
@@ -238,10 +241,10 @@ class _Search:
             scores = direct_distances(x, y)
         elif self.network:  # column by column, as the network takes them
             out = self.buffers.take("scores", (len(x), y.shape[1], x.shape[1]), x)
-            scores = torch.bmm(y, x.mT, out=out).mT
+            scores = torch.baddbmm(self.bias.unsqueeze(-1), y, x.mT, alpha=-2, out=out).mT
         else:
             out = self.buffers.take("scores", (*x.shape[:2], y.shape[1]), x)
-            scores = torch.bmm(x, y.mT, out=out)
+            scores = torch.baddbmm(self.bias.unsqueeze(-2), x, y.mT, alpha=-2, out=out)
         if self.exclude_self:
             own_pairs(scores, rows, slice(0, self.size)).fill_(torch.inf)
         return scores
@@ -263,10 +266,9 @@ class _Search:
             torch.sum(candidates.sub_(x[part].unsqueeze(1)).square_(), -1, out=distance[part])
         return distance.masked_fill_(index >= self.size, torch.inf)
 
-    def _accept(self, best: _Screened, rows: slice, distance: Tensor, index: Tensor) -> None:
+    def _accept(self, candidates: Tensor, rows: slice, distance: Tensor, index: Tensor) -> None:
         """Take the screened neighbors, with exact distances and in their exact order."""
         clouds, count, _ = index.shape
-        candidates = torch.where(best.score < torch.inf, best.index, self.size)
         if self.k > 1:
             candidates = candidates.sort(-1).values
         cloud = torch.arange(clouds, device=index.device).repeat_interleave(count)
@@ -309,8 +311,26 @@ def _write(d: Tensor, candidates: Tensor, k: int, distance: Tensor, index: Tenso
     index[..., :stored] = candidates
 
 
-def _smallest(scores: Tensor, k: int) -> _Screened:
-    """The k smallest of each row, and the one that follows."""
+def _sole(scores: Tensor, least: Tensor, slack: Tensor) -> _Screened:
+    """Which column of each row lies within the slack of the row's smallest score, if only one does.
+
+    With arithmetic alone, which vectorises, as neither a search for an index nor a comparison does:
+    of weights that fall from the smallest score to 0 a little beyond the slack, only one is left,
+    and the mean of the columns under the weights is its column.
+    """
+    width = scores.shape[-1]
+    reach = (least + 1.25 * slack).unsqueeze(-1)
+    weights = torch.sub(reach, scores).clamp_(min=0).view(-1, width)
+    columns = torch.arange(width, dtype=weights.dtype)
+    total, moment = weights.sum(-1), weights.mv(columns)
+    index = moment.div_(total).round_().nan_to_num_(0.0).long().view(*least.shape, 1)
+    # Of two, the smallest, whose weight is known, is not all. Infinities give NaN.
+    alone = total.view(least.shape) <= (reach.squeeze(-1) - least) * (1 + 2.0**-16)
+    return _Screened(index, least + slack, ~alone)
+
+
+def _smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k smallest of each row, ascending, their columns, and the one that follows."""
     width = scores.shape[-1]
     if width <= k:
         scores = pad(scores, (0, k + 1 - width), value=torch.inf)
@@ -324,16 +344,11 @@ def _smallest(scores: Tensor, k: int) -> _Screened:
         columns = (places.unsqueeze(-2) + starts.unsqueeze(-1)).flatten(-2)
         score, chosen = scores.gather(-1, columns).topk(k + 1, dim=-1, largest=False, sorted=True)
         index = columns.gather(-1, chosen)
-    return _Screened(score[..., :k], index[..., :k], score[..., k])
+    return score[..., :k], index[..., :k], score[..., k]
 
 
-def _fold_minimum(scores: Tensor) -> _Screened:
-    """The smallest of each row, and the one that follows, by folding columns over each other."""
-    if scores.shape[-1] <= FEW_COLUMNS and scores.device.type == "cpu":
-        score, index = scores.min(-1, keepdim=True)
-        following = scores.scatter_(-1, index, torch.inf).amin(-1)
-        scores.scatter_(-1, index, score)
-        return _Screened(score, index, following)
+def _fold_minimum(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_smallest`, of one, by folding columns over each other."""
     folds = torch.unflatten(scores, -1, (FOLD, -1))
     folded = folds.amin(-2)
     score, place = folded.min(-1, keepdim=True)
@@ -342,4 +357,4 @@ def _fold_minimum(scores: Tensor) -> _Screened:
     within = folds.gather(-1, place.unsqueeze(-2).expand(*folds.shape[:-1], 1)).squeeze(-1)
     fold = within.argmin(-1, keepdim=True)
     following = torch.minimum(following, within.scatter_(-1, fold, torch.inf).amin(-1))
-    return _Screened(score, fold * folded.shape[-1] + place, following)
+    return score, fold * folded.shape[-1] + place, following
