@@ -161,6 +161,21 @@ def test_figures_come_from_the_committed_files():
     assert [pull for pull in pulls if pull not in shares] == []
 
 
+def test_the_page_of_benchmarks_shows_every_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_extensions"))
+    import gathered
+
+    page = gathered._benchmarks()
+    files = {file.stem for file in (ROOT / "benchmarks" / "results").glob("*.json")}
+    # The kernels on paper have a page of their own.
+    files = {name for name in files if not name.startswith("kernels-")}
+    assert set(re.findall(r"^### (.+)$", page, re.MULTILINE)) == files
+    # No table is a head without rows.
+    assert len(re.findall(r"^\| ---.*\n\| ", page, re.MULTILINE)) == page.count("\n| ---")
+    # Results lie where the repository has them.
+    assert "/tmp" not in page
+
+
 # ------------------------------------------------------------------------------- the reference
 
 

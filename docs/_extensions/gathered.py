@@ -55,6 +55,28 @@ def _steps(rows: list[dict[str, Any]]) -> str:
 
 
 def _cases(rows: list[dict[str, Any]]) -> str:
+    return _against(rows) if "new" in rows[0] else _pairwise(rows)
+
+
+def _against(rows: list[dict[str, Any]]) -> str:
+    """Two codes and cdist in turn on one machine."""
+    return _table(
+        ("operation", "points", "B, N, M, C", "this code", "of the older", "of cdist and reduction"),
+        (
+            (
+                f"`{r['op']}`, {r['pass']}",
+                r["data"],
+                f"{r['B']}, {r['N']}, {r['M']}, {r['C']}",
+                _seconds(r["new"]),
+                f"{r['new_over_old']:.2f}",
+                f"{r['new_over_cdist']:.2f}" if "new_over_cdist" in r else "",
+            )
+            for r in rows
+        ),
+    )
+
+
+def _pairwise(rows: list[dict[str, Any]]) -> str:
     return _table(
         ("operation", "B, N, M, C", "implementation", "median", "of the product", "memory"),
         (
@@ -116,11 +138,24 @@ def _scenes(rows: list[dict[str, Any]]) -> str:
 
 
 SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy, "rows": _rows}
+# By the beginnings of their names, in the order in which they are shown.
+TITLES = {
+    "step": "What the loss adds to a training step",
+    "scenes": "Scenes",
+    "loops": "Loops that nobody tuned for it",
+    "pairwise": "The operations beside others",
+    "against": "The operations beside their older selves",
+}
 
 
 def _benchmarks() -> str:
     parts = []
-    for file in sorted((ROOT / BENCHMARKS).glob("*.json")):
+    files = [
+        (title, file)
+        for kind, title in TITLES.items()
+        for file in sorted((ROOT / BENCHMARKS).glob(f"{kind}-*.json"))
+    ]
+    for title, file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
         tables = [make(found[name]) for name, make in SECTIONS.items() if found.get(name)]
         if tables:
@@ -129,7 +164,9 @@ def _benchmarks() -> str:
             commit = (context["commit"] or "unknown")[:12]
             packages = f"torch {context['packages']['torch']}, commit {commit}"
             command = f"`python benchmarks/{context['command']}`"
-            parts += [f"## {file.stem}", f"{command}: {where}; {packages}.", *tables]
+            if f"## {title}" not in parts:
+                parts.append(f"## {title}")
+            parts += [f"### {file.stem}", f"{command}: {where}; {packages}.", *tables]
     return "\n\n".join(parts)
 
 
