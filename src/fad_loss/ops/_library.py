@@ -157,11 +157,12 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     for start in range(0, k, step):
         part = slice(start, start + step)
         near = flat[..., part]
+        # One tensor of this size, changed in place.
         chosen = points.index_select(0, near.reshape(-1)).view(*near.shape, -1)
-        pull = weight[..., part].unsqueeze(-1) * (own - chosen)
-        to_x = pull.sum(-2) if to_x is None else to_x + pull.sum(-2)
+        push = chosen.to(grad.dtype).sub_(own).mul_(weight[..., part].unsqueeze(-1))
+        to_x = push.sum(-2).neg() if to_x is None else to_x - push.sum(-2)
         if ctx.needs_input_grad[1]:
-            where, push = near.reshape(-1), -pull.reshape(-1, y.shape[-1])
+            where, push = near.reshape(-1), push.view(-1, y.shape[-1])
             # Both add in a fixed order, index_add on a CPU alone, and faster there.
             if y.device.type == "cpu":
                 spread = spread.index_add(0, where, push)
