@@ -61,7 +61,7 @@ def _cases(rows: list[dict[str, Any]]) -> str:
 def _against(rows: list[dict[str, Any]]) -> str:
     """Two codes and cdist in turn on one machine."""
     return _table(
-        ("operation", "points", "B, N, M, C", "this code", "of the older", "of cdist and reduction"),
+        ("operation", "points", "B, N, M, C", "this code", "of the older", "of cdist"),
         (
             (
                 f"`{r['op']}`, {r['pass']}",
