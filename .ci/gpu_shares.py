@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +57,19 @@ def deal(names: list[str], seconds: dict[str, float], number: int) -> list[list[
     return shares
 
 
+def unheard(error: BaseException) -> bool:
+    """Whether a failure only says that there is no GPU: of values, all 0 in a rehearsal, or CUDA.
+
+    That an error did not come, or said something else, would be seen on the machine too.
+    """
+    if isinstance(error, subprocess.CalledProcessError):  # nothing is pretended in other processes
+        return True
+    text = str(error)
+    raised = "DID NOT RAISE", "Regex pattern did not match"
+    of_values = isinstance(error, AssertionError) and not any(words in text for words in raised)
+    return of_values or "requires CUDA support" in text
+
+
 class Shares:
     """The hooks."""
 
@@ -81,7 +95,7 @@ class Shares:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
         """This share of what has not passed yet."""
         folder = self.results.parent
-        done = {"passed"} if not REHEARSE else {"passed", "failed"}
+        done = {"passed"} if not REHEARSE else {"passed", "unheard", "failed"}
         passed = {e["name"] for e in lines(folder, "tests-*.jsonl") if e["outcome"] in done}
         # How long each took before: in a rehearsal, or with other sources.
         seconds = {e["name"]: e["seconds"] for e in lines(folder.parent, "*/tests-*.jsonl")}
@@ -126,6 +140,8 @@ class Shares:
             }
             if report.failed:
                 entry["error"] = str(call.excinfo.value)[:600]
+                if REHEARSE and unheard(call.excinfo.value):
+                    entry["outcome"] = "unheard"
             append(self.results, entry)
         return report
 
@@ -148,6 +164,7 @@ def summary(folder: Path) -> dict[str, Any]:
     ]
     return {
         "passed": sum(entry["outcome"] == "passed" for entry in tests.values()),
+        "unheard": sum(entry["outcome"] == "unheard" for entry in tests.values()),
         "failed": sorted(n for n, entry in tests.items() if entry["outcome"] == "failed"),
         "kernels": sum(entry["compiled"] for entry in tests.values()),
         "seconds": round(sum(entry["seconds"] for entry in tests.values())),
@@ -162,7 +179,11 @@ def main() -> int:
     found = summary(folder)
     (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     if "--quiet" not in sys.argv:
-        print(f"tests: {found['passed']} passed, {len(found['failed'])} failed", flush=True)
+        unheard = f", {found['unheard']} failed by values" if found["unheard"] else ""
+        print(
+            f"tests: {found['passed']} passed{unheard}, {len(found['failed'])} failed:", flush=True
+        )
+        print(*found["failed"], sep="\n")
         print(f"kernels compiled: {found['kernels']}; seconds in tests: {found['seconds']}")
     if not found["finished"]:
         return 3

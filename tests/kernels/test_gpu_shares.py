@@ -33,6 +33,17 @@ def test_the_longest_are_dealt_first_and_loads_are_even(shares):
     assert {share[0] for share in dealt} == {"t12", "t11", "t10"}
 
 
+def test_a_rehearsal_hears_all_but_values(shares):
+    assert shares.unheard(AssertionError("assert 0.0 == 1.0"))
+    assert shares.unheard(RuntimeError("torch.cuda.Stream requires CUDA support"))
+    for error in (
+        AssertionError("Regex pattern did not match.\n  Expected regex: 'third derivatives'"),
+        RuntimeError("backend='triton' cannot run: these tensors are float64"),
+        AttributeError("'tuple' object has no attribute 'isinf'"),
+    ):
+        assert not shares.unheard(error)
+
+
 TESTS = """
 import time
 def test_first(): pass

@@ -31,6 +31,9 @@ def device(request):
 # Tests that are in float64 throughout, by module: the kernels, which stop at float32, have the
 # comparisons of tests/kernels in their place.
 IN_FLOAT64 = {
+    "test_bounds": {
+        "test_coinciding_clusters_in_float64",
+    },
     "test_gradients": {
         "test_a_cloud_with_itself",
         "test_derivatives_where_points_coincide_are_those_of_the_others",

@@ -30,6 +30,11 @@ def device_of(backend: str) -> str:
     return "cuda" if backend == "triton" else "cpu"
 
 
+def widest(backend: str) -> torch.dtype:
+    """The widest dtype that a backend takes."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which half precision is accumulated and returned."""
     return torch.float32 if dtype in {torch.bfloat16, torch.float16} else dtype

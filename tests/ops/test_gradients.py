@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import FEW, LENGTHS, SMOOTH, make_ragged
+from op_cases import FEW, LENGTHS, SMOOTH, make_ragged, widest
 
 from fad_loss import ops
 from fad_loss._ragged import pack
@@ -106,7 +106,7 @@ def test_derivatives_where_points_coincide_are_those_of_the_others(name, C, fuse
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_third_derivatives(case, fused, device):
     """The reference has them; the others say that they do not."""
-    inputs = case.inputs(1, 2, 3, 2, torch.float64, device)
+    inputs = case.inputs(1, 2, 3, 2, widest(fused), device)
 
     def second(backend):
         out = case.operation(*inputs, backend=backend)
