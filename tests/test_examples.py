@@ -197,6 +197,16 @@ def test_dgcnn_takes_clouds_smaller_than_its_neighborhoods():
     assert networks.build("dgcnn", 5, 0.25)(torch.randn(2, 7, 3)).shape == (2, 5)
 
 
+def test_the_first_largest_is_what_argmax_finds():
+    scores = torch.randn(40, 3, 50)
+    ties = torch.cat([scores.round(), torch.zeros(1, 3, 50), torch.full((1, 3, 50), -1e30)])
+    broken = scores.clone()
+    broken[3, 1, 7] = torch.nan
+    broken[5, 0] = torch.inf
+    for given in (scores, ties, 1e-12 * scores, broken, scores.bfloat16()):
+        assert torch.equal(networks.first_largest(given), given.argmax(-1))
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_max_pool_layer_is_linear_norm_and_max(mode):
     layer = networks.MaxPoolLayer(5, 7).double().train(mode)

@@ -61,6 +61,27 @@ class PointLayer(nn.Module):
         return per_point(lambda rows: self.activation(self.norm(self.linear(rows))), points)
 
 
+# Scores that are looked at together: 1 MiB, which stays in a cache.
+_SCORES = 1 << 18
+
+
+def first_largest(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1)`; on a CPU by arithmetic, which vectorises, in half the time.
+
+    How far a score lies below the largest, times 2^100, outweighs any column, but where it is 0: so
+    the smallest of that and the column together is the first column of the largest score.
+    """
+    if scores.dtype != torch.float32 or scores.device.type != "cpu":
+        return scores.argmax(dim=-1)
+    columns = torch.arange(scores.shape[-1], dtype=scores.dtype)
+    found = []
+    for part in scores.split(max(_SCORES // max(scores[0].numel(), 1), 1)):
+        below = part.amax(dim=-1, keepdim=True) - part
+        found.append(torch.add(columns, below, alpha=2.0**100, out=below).amin(dim=-1))
+    first = torch.cat(found)
+    return scores.argmax(dim=-1) if first.isnan().any() else first.long()
+
+
 class MaxPoolLayer(nn.Module):
     """``max over points of norm(linear(points))``: ``(B, N, inputs)`` to ``(B, outputs)``.
 
@@ -82,16 +103,18 @@ class MaxPoolLayer(nn.Module):
             return pool(per_point(lambda rows: self.norm(self.linear(rows)), points), "max")
         batch, count, _ = points.shape
         flat, weight, norm = points.flatten(0, 1), self.linear.weight, self.norm
+        grad = torch.is_grad_enabled()
         # Norm multiplies by its weight: where that is negative, the smallest value wins.
         sign = torch.where(norm.weight < 0, -1.0, 1.0).to(flat.dtype).detach()
         with torch.no_grad():
             scores = ((weight * sign.unsqueeze(-1)) @ flat.t()).unflatten(1, (batch, count))
-        if torch.is_grad_enabled():
-            winner = scores.argmax(dim=-1) + torch.arange(batch, device=flat.device) * count
+            found = first_largest(scores) if grad else scores.amax(dim=-1)  # (outputs, B)
+        if grad:
+            winner = found + torch.arange(batch, device=flat.device) * count
             won = F.embedding(winner, flat)  # (outputs, B, inputs)
             pooled = torch.bmm(won, weight.unsqueeze(-1)).squeeze(-1).t()
         else:
-            pooled = scores.amax(dim=-1).t() * sign
+            pooled = found.t() * sign
         if self.training:
             center = flat.mean(dim=0)
             centered = flat - center
