@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fad_loss._errors import describe, expected
@@ -10,8 +11,15 @@ from fad_loss._ragged import is_ragged
 from fad_loss.discriminators import HeadDiscriminator
 
 
-def layout_of(name: str, features: object, layout: str | None, example: object) -> str:
-    """How the features of a layer lie: "ragged", "global", "bnc" or "bcn"."""
+def layout_of(
+    name: str, features: object, layout: str | None, example: object, larger: object = None
+) -> str:
+    """How the features of a layer lie: "ragged", "global", "bnc" or "bcn".
+
+    The axis of the points is the one that grows with the example: `larger` are the features of
+    `one_more_point`. Without them, of a network that takes no other number of points, it is the one
+    that is as long as the example's.
+    """
     if not isinstance(features, Tensor):
         remedy = "name an element of what it returns, as in 'encoder[1]'"
         got = type(features).__name__
@@ -30,12 +38,25 @@ def layout_of(name: str, features: object, layout: str | None, example: object) 
     if layout is not None:
         return layout
     points = _number_of_points(example)
-    fits = [name for name, last in LAYOUTS.items() if features.shape[1 + last] == points]
+    got = f"{describe(features)} for {points or 'an unknown number of'} points"
+    sizes = {name: features.shape[1 + last] for name, last in LAYOUTS.items()}
+    fits = [name for name, size in sizes.items() if size == points]
+    if isinstance(larger, Tensor) and larger.dim() == 3:
+        fits = [name for name, last in LAYOUTS.items() if larger.shape[1 + last] != sizes[name]]
+        got += f", and {tuple(larger.shape)} for one more"
     if len(fits) == 1:
         return fits[0]
-    got = f"{describe(features)} for {points or 'an unknown number of'} points"
     remedy = 'say layout="bnc" or layout="bcn" (or a pair, the student\'s and the teacher\'s)'
-    raise expected(name, "one axis as long as the clouds of the example", got, remedy)
+    raise expected(name, "one axis for the points of the example", got, remedy)
+
+
+def one_more_point(example: object) -> Tensor | None:
+    """The example with its last point twice, by which layers show which axis has the points."""
+    points = _number_of_points(example)
+    if not isinstance(example, Tensor) or not points:
+        return None
+    axis = 1 if example.shape[1] == points else 2
+    return torch.cat([example, example.narrow(axis, points - 1, 1)], axis)
 
 
 def _number_of_points(example: object) -> int | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from fad_loss._errors import choose, describe, expected, switch
-from fad_loss._layouts import along, channels, in_layout, layout_of, one_per_cloud
+from fad_loss._layouts import along, channels, in_layout, layout_of, one_more_point, one_per_cloud
 from fad_loss._points import LAYOUTS
 from fad_loss.capture import CapturedFeatures, capture_features
 from fad_loss.loss import FeatureAdversarialLoss
@@ -58,7 +58,7 @@ class Distiller(nn.Module):
             logits, loss = distiller(points)
             loss = loss + F.cross_entropy(logits, labels)
 
-    The number of channels and the layout of each layer's features are read off one run of `example`
+    The number of channels and the layout of each layer's features are read off runs of `example`
     (in evaluation, without a graph; both networks are as before afterwards).
 
     **The teacher** is in evaluation mode and stays there, runs without a graph, and is not part of
@@ -76,8 +76,9 @@ class Distiller(nn.Module):
             ``(path, discriminator)``, what `FeatureAdversarialLoss` takes as one.
         example: points such as both networks take, of two clouds or more.
         layout: of features with an axis of points: "bnc" or "bcn", or a pair of the student's and
-            the teacher's. None looks which axis is as long as the clouds of `example`, a tensor
-            ``(B, N, 3)`` or ``(B, 3, N)``, have points.
+            the teacher's. None looks which axis grows if the clouds of `example`, a tensor
+            ``(B, N, 3)`` or ``(B, 3, N)``, get one point more; or, of networks that take no other
+            number of points, which one is as long as they have points.
         positions: for networks that choose points: from a path in the student, one of `layers`, to
             the paths where both networks return the positions of those points,
             ``{"sa1[1]": ("sa1[0]", "sa1[0]")}``.
@@ -137,17 +138,19 @@ class Distiller(nn.Module):
             for path, (its_path, _) in targets.items()
         )
         self._capture()
-        with _watched(student), _watched(teacher), torch.no_grad():
-            student(example)
-            teacher(example)
-        seen = [(self._of_student[p.student], self._of_teacher[p.teacher]) for p in self._pairs]
-        self._forget()
+        seen = self._look_at(example)
+        larger: list[tuple[Any, Any]] = [(None, None)] * len(seen)
+        one_more = one_more_point(example) if layout is None else None
+        if one_more is not None:
+            # A network that takes no other number of points may raise whatever it likes.
+            with suppress(Exception):
+                larger = self._look_at(one_more)
         layouts = _both_layouts(layout)
         pairs, self.losses = [], nn.ModuleDict()
-        for pair, (mine, its) in zip(self._pairs, seen, strict=True):
+        for pair, (mine, its), more in zip(self._pairs, seen, larger, strict=True):
             found = (
-                layout_of(f"student layer {pair.student!r}", mine, layouts[0], example),
-                layout_of(f"teacher layer {pair.teacher!r}", its, layouts[1], example),
+                layout_of(f"student layer {pair.student!r}", mine, layouts[0], example, more[0]),
+                layout_of(f"teacher layer {pair.teacher!r}", its, layouts[1], example, more[1]),
             )
             for kind in ("global", "ragged"):
                 if (found[0] == kind) != (found[1] == kind):
@@ -163,6 +166,16 @@ class Distiller(nn.Module):
 
     _of_student: CapturedFeatures
     _of_teacher: CapturedFeatures
+
+    def _look_at(self, example: Any) -> list[tuple[Any, Any]]:
+        """What the layers of each pair return for an example."""
+        try:
+            with _watched(self.student), _watched(self.teacher), torch.no_grad():
+                self.student(example)
+                self.teacher(example)
+            return [(self._of_student[p.student], self._of_teacher[p.teacher]) for p in self._pairs]
+        finally:
+            self._forget()
 
     @property
     def teacher(self) -> nn.Module:

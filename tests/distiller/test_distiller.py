@@ -174,19 +174,62 @@ def test_layouts_may_differ():
         torch.testing.assert_close(loss, fad(mine["second"], its["conv5"].mT))
 
 
-def test_as_many_channels_as_points_need_a_layout():
+class OnlyThose(nn.Module):
+    """A network of as many points as it was made for."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        if max(x.shape[1:]) != POINTS:
+            message = "made for other clouds"
+            raise RuntimeError(message)
+        return self.network(x)
+
+
+class Sampled(nn.Module):
+    """Half of the points, (B, N / 2, C)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(3, width)
+
+    def forward(self, x):
+        return self.linear(x.mT[:, : POINTS // 2])
+
+
+def test_the_axis_of_the_points_is_the_one_that_grows():
+    """Though there are as many channels as points."""
     student, teacher = both(DGCNN, 4, POINTS // 2)
-    with pytest.raises(
-        ValueError, match=r"teacher layer 'conv5': expected one axis .*layout=\"bnc"
-    ):
-        Distiller(student, teacher, {"conv5": "conv5"}, example=clouds())
-    for layout in ("bcn", ("bcn", "bcn")):
-        options = {"example": clouds(), "layout": layout}
-        distiller = Distiller(student, teacher, {"conv5": "conv5"}, **options)
-        assert distiller.losses["conv5:conv5"].teacher_channels == POINTS
-    # Explicit, it counts for what the example would decide as well.
+    distiller = Distiller(student, teacher, {"conv5": "conv5"}, example=clouds())
+    assert distiller.losses["conv5:conv5"].teacher_channels == POINTS
+    distiller(clouds())[1].backward()
+    # Explicit, the layout counts for what the example would decide as well.
     other = Distiller(student, teacher, {"conv5": "conv5"}, example=clouds(), layout=("bnc", "bnc"))
     assert other.losses["conv5:conv5"].student_channels == POINTS
+
+
+def test_without_one_more_point_as_many_channels_as_points_need_a_layout():
+    student, teacher = both(DGCNN, 4, POINTS // 2)
+    layers, networks = {"network.conv5": "network.conv5"}, (OnlyThose(student), OnlyThose(teacher))
+    with pytest.raises(
+        ValueError, match=r"teacher layer 'network.conv5': expected one axis .*layout=\"bnc"
+    ):
+        Distiller(*networks, layers, example=clouds())
+    for layout in ("bcn", ("bcn", "bcn")):
+        distiller = Distiller(*networks, layers, example=clouds(), layout=layout)
+        assert distiller.losses["network/conv5:network/conv5"].teacher_channels == POINTS
+    distiller(clouds())[1].backward()
+
+
+def test_channels_are_not_taken_for_points_that_a_layer_has_sampled():
+    with pytest.raises(ValueError, match=r"layer 'linear': expected .*for one more; say layout="):
+        Distiller(Sampled(8), Sampled(POINTS), {"linear": "linear"}, example=clouds())
+    distiller = Distiller(
+        Sampled(8), Sampled(POINTS), {"linear": "linear"}, example=clouds(), layout="bnc"
+    )
+    assert distiller.losses["linear:linear"].teacher_channels == POINTS
 
 
 def test_the_best_recipe_is_four_lines():
@@ -448,8 +491,8 @@ def test_what_is_refused():
     own = FeatureAdversarialLoss(8, 16)
     refuse(ValueError, "one loss for each pair, got the same for several",
            {"conv5": ("conv5", own), "conv5.0": ("conv5.0", own)})  # fmt: skip
-    refuse(ValueError, r"one axis as long.*an unknown number of points", {"second": "second"},
-           Tuples, example=torch.randn(2, 3, 3))  # fmt: skip
+    refuse(ValueError, r"one axis for the points.*an unknown number of points",
+           {"second": "second"}, Tuples, example=torch.randn(2, 3, 3))  # fmt: skip
 
 
 def test_packed_points_without_clouds_are_refused():
