@@ -24,12 +24,14 @@ from torch.nn.functional import pad
 from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.distances import Points
+from fad_loss.ops._tiled.few import fits, nearest_of_few
 from fad_loss.ops._tiled.network import smallest
 from fad_loss.ops._tiled.tiles import (
     DIRECT_CHANNELS,
     direct_distances,
     groups,
     own_pairs,
+    score_error,
     steps,
     tile_size,
 )
@@ -44,8 +46,6 @@ ROWS = 64
 # A tile's columns are folded into 1/FOLD as many minima, which vectorises, before anyone looks for
 # an index, which does not.
 FOLD = 16
-# Up to so many columns, arithmetic with all of them is faster than folding.
-FEW_COLUMNS = 256
 # Up to so many columns per neighbor, multiplying in float64 costs less than recomputing distances.
 COLUMNS_PER_NEIGHBOR = 32
 # Keys have 23 bits for the leading digits of a score and its column. While k^2 times the number of
@@ -71,6 +71,11 @@ def knn(
     tile = _tile_size(x)
     for group in groups(x, y, x_offsets, y_offsets, tile):
         if group.of_x(x).shape[1] and group.of_y(y).shape[1]:
+            if k == 1 and not exclude_self and fits(group.of_y(y)):
+                found = nearest_of_few(group.of_x(x), group.of_y(y))
+                if found is not None:
+                    group.of_x(distance)[..., 0], group.of_x(index)[..., 0] = found
+                    continue
             search = _Search(group.of_x(x), group.of_y(y), k, exclude_self, buffers)
             search.run(group.of_x(distance), group.of_x(index))
     return distance, index.masked_fill_(distance == torch.inf, -1)
@@ -116,11 +121,8 @@ class _Search:
         few = 1 < k < self.size <= COLUMNS_PER_NEIGHBOR * k
         self.wide = few and self.looks and not self.direct and dtype == torch.float32
         multiplied = torch.float64 if self.wide else dtype
-        # In units of |x|^2 + |y|^2, a score errs by the rounding of the points (centering them) and
-        # of a sum of C products. On points along the diagonal (1, ..., 1), where all products are
-        # alike and round the same way, up to 3 sqrt(C) roundings were seen; on others, a fifth.
         unit = 2.0**-53 if self.wide else rounding_unit(self.x)
-        self.error: float = (8 + 4 * channels**0.5) * unit
+        self.error = score_error(channels) * unit
         # Points are added to fill the last fold; their score is infinite.
         self.width = 1 << self.k.bit_length()  # k and the one that follows
         self.network = self.wide and self.k**2 * self.size < LONGEST_NETWORK
@@ -170,9 +172,6 @@ class _Search:
 
     def _screen(self, scores: Tensor, rows: slice) -> _Screened:
         """The k best of each row, and whether the error of the scores leaves them open."""
-        if self.k == 1 and scores.shape[-1] <= FEW_COLUMNS and self.looks:
-            least = scores.amin(-1)
-            return _sole(scores, least, self._slack(least, rows))
         score, index, following = (
             _fold_minimum(scores) if self.k == 1 else _smallest(scores, self.k)
         )
@@ -309,24 +308,6 @@ def _write(d: Tensor, candidates: Tensor, k: int, distance: Tensor, index: Tenso
     stored = min(k, d.shape[-1])
     distance[..., :stored] = d
     index[..., :stored] = candidates
-
-
-def _sole(scores: Tensor, least: Tensor, slack: Tensor) -> _Screened:
-    """Which column of each row lies within the slack of the row's smallest score, if only one does.
-
-    With arithmetic alone, which vectorises, as neither a search for an index nor a comparison does:
-    of weights that fall from the smallest score to 0 a little beyond the slack, only one is left,
-    and the mean of the columns under the weights is its column.
-    """
-    width = scores.shape[-1]
-    reach = (least + 1.25 * slack).unsqueeze(-1)
-    weights = torch.sub(reach, scores).clamp_(min=0).view(-1, width)
-    columns = torch.arange(width, dtype=weights.dtype)
-    total, moment = weights.sum(-1), weights.mv(columns)
-    index = moment.div_(total).round_().nan_to_num_(0.0).long().view(*least.shape, 1)
-    # Of two, the smallest, whose weight is known, is not all. Infinities give NaN.
-    alone = total.view(least.shape) <= (reach.squeeze(-1) - least) * (1 + 2.0**-16)
-    return _Screened(index, least + slack, ~alone)
 
 
 def _smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

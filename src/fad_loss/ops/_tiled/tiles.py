@@ -82,6 +82,16 @@ def product_error(channels: int) -> float:
     return 4 + 3 * math.sqrt(channels)
 
 
+def score_error(channels: int) -> float:
+    """The error of |y|^2 - 2 xy, in roundings of |x|^2 + |y|^2.
+
+    It is that of the points (which may have been centered) and of a sum of C products. On points
+    along the diagonal (1, ..., 1), where all products are alike and round the same way, up to
+    3 sqrt(C) were seen; on others, a fifth.
+    """
+    return 8 + 4 * math.sqrt(channels)
+
+
 def direct_distances(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances as sums of differences, channel by channel: nothing cancels."""
     d = x.new_empty(*x.shape[:2], y.shape[1])
