@@ -77,6 +77,7 @@ site: docs $(VENV)/.with-site
 benchmarks: $(VENV)/.with-benchmarks
 	$(BIN)/python benchmarks/pairwise.py --device cpu
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/latency.py
 
 # The frameworks have an environment of their own, so that theirs never is that of the tests. A
 # torchvision built for CUDA does not import beside a torch built for CPU, because nobody declared

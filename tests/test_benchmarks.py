@@ -177,6 +177,18 @@ def test_a_large_matrix_product_goes_through_a_buffer(monkeypatch):
     assert implementations.gemm(x, y, 1)() is None
 
 
+def test_latency_compares_teacher_and_student(tmp_path, capsys):
+    import latency
+
+    arguments = "--points", "32", "--seconds", "0.01", "--rounds", "2"
+    report = run(capsys, latency, *arguments, output=tmp_path / "latency.json")
+    teacher, student = report["latencies"]
+    assert (teacher["network"], student["network"]) == ("teacher", "student")
+    assert 30 < teacher["parameters"] / student["parameters"] < 50
+    assert teacher["of_teacher"] == 1
+    assert student["of_teacher"] > 0
+
+
 def test_step_compares_with_and_without_the_loss(tmp_path, capsys):
     import step
 

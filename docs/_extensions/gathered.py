@@ -137,9 +137,32 @@ def _scenes(rows: list[dict[str, Any]]) -> str:
     )
 
 
-SECTIONS = {"steps": _steps, "cases": _cases, "accuracy": _accuracy, "rows": _rows}
+def _latencies(rows: list[dict[str, Any]]) -> str:
+    return _table(
+        ("network", "parameters", "points", "one cloud", "of the teacher's"),
+        (
+            (
+                f"{r['network']}, {r['arch']}",
+                f"{r['parameters']:,}",
+                r["points"],
+                _seconds(r),
+                f"{r['of_teacher']:.2f}",
+            )
+            for r in rows
+        ),
+    )
+
+
+SECTIONS = {
+    "latencies": _latencies,
+    "steps": _steps,
+    "cases": _cases,
+    "accuracy": _accuracy,
+    "rows": _rows,
+}
 # By the beginnings of their names, in the order in which they are shown.
 TITLES = {
+    "latency": "What a network forty times smaller buys",
     "step": "What the loss adds to a training step",
     "scenes": "Scenes",
     "loops": "Loops that nobody tuned for it",
