@@ -120,6 +120,22 @@ def test_every_page_shows_what_it_should(context, address):
     assert found["how-it-works.html"]["formulas"] > 30
 
 
+LIMITS_OF_SUMS = """() => [...document.querySelectorAll("munderover")].map(sum => {
+  const [sign, below, above] = [...sum.children].map(part => part.getBoundingClientRect());
+  return [above.bottom - sign.top, sign.bottom - below.top];
+})"""
+
+
+def test_formulas_are_laid_out_by_the_font_that_comes_along(context, address):
+    page = opened(context, address + "how-it-works.html")
+    status = """() => document.fonts.ready.then(
+        fonts => [...fonts].filter(f => f.family.includes("STIX")).map(f => f.status))"""
+    assert page.evaluate(status) == ["loaded"]
+    overlaps = page.evaluate(LIMITS_OF_SUMS)
+    assert overlaps
+    assert max(map(max, overlaps)) < 1, overlaps
+
+
 def test_night_is_dark(browser, address):
     shades = {}
     for colours in ("light", "dark"):

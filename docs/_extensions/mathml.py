@@ -6,10 +6,12 @@ with it an error of `make docs`.
 
 from __future__ import annotations
 
+from html import unescape
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
 from docutils import nodes
-from latex2mathml.converter import convert
+from latex2mathml.converter import convert_to_element
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -18,14 +20,27 @@ if TYPE_CHECKING:
     from sphinx.writers.html5 import HTML5Translator
 
 _LOGGER = logging.getLogger(__name__)
+NORMS = {"|", "\u2016"}
+# A macron, a horizontal bar, and what fonts for mathematics can draw at any length.
+BARS, OVERLINE = {"\u00af", "\u2015"}, "\u203e"
 
 
 def _mathml(node: nodes.Element, display: str) -> str:
     source = node.astext()
-    # A bar over several letters is a macron, which grows; latex2mathml takes a dash.
-    made: str = convert(source, display=display).replace(
-        '<mo accent="true">&#x02015;</mo>', '<mo accent="true" stretchy="true">&#x000AF;</mo>'
-    )
+    root = convert_to_element(source, display=display)
+    for element in root.iter():
+        element.text = unescape(element.text or "") or None
+    # Bars are overlines close to what they are over, which grow; latex2mathml takes dashes.
+    for over in root.iter("mover"):
+        bar = over[-1]
+        if bar.text in BARS:
+            bar.text, bar.attrib = OVERLINE, {"stretchy": "true"}
+            over.set("accent", "true")
+    # Bars around something are no relations, which browsers leave room beside.
+    for sign in root.iter("mo"):
+        if sign.text in NORMS:
+            sign.attrib.update(lspace="0", rspace="0")
+    made = ET.tostring(root, encoding="unicode")
     if "\\" in made:
         _LOGGER.warning("cannot convert all of %r", source, location=node)
     return made
