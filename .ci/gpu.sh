@@ -105,8 +105,11 @@ else
 fi
 part accuracy 60 $run benchmarks/pairwise.py --device cuda --accuracy \
     --output "$state/accuracy.json"
-# An interrupted benchmark goes on where it was.
-part benchmarks 200 $run benchmarks/pairwise.py --device cuda --peers torch --seconds 0.3 \
+# An interrupted benchmark goes on where it was, in this call or the next. In a rehearsal the peers
+# would compute on the CPU.
+peers=torch
+[ "$REHEARSE" = 0 ] || peers=none
+part benchmarks "$LIMIT" $run benchmarks/pairwise.py --device cuda --peers $peers --seconds 0.3 \
     --shapes 1,8192,8192,64 1,8192,8192,256 32,1024,1024,64 --resume --output "$state/pairwise.json"
 copy
 [ "$unfinished" = 0 ] || { echo "there is more to do: call this again"; exit 3; }

@@ -36,6 +36,7 @@ def test_the_longest_are_dealt_first_and_loads_are_even(shares):
 def test_a_rehearsal_hears_all_but_values(shares):
     assert shares.unheard(AssertionError("assert 0.0 == 1.0"))
     assert shares.unheard(RuntimeError("torch.cuda.Stream requires CUDA support"))
+    assert shares.unheard(RuntimeError("failed with Torch not compiled with CUDA enabled"))
     for error in (
         AssertionError("Regex pattern did not match.\n  Expected regex: 'third derivatives'"),
         RuntimeError("backend='triton' cannot run: these tensors are float64"),
