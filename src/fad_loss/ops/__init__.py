@@ -94,10 +94,10 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         not settle are the exception and get all they need. (Of several neighbors, at least one in
         32 of y, none is recomputed on a CPU: the product is one of float64, and a sorting network
         selects.) The backward pass is O(N C). Up to C = 16 differences are summed instead, 3 N M C
-        flops. Beyond the result, memory holds centered copies of x and y, and on a CPU a tile of
-        2 MiB, or of 64 rows if those are more; a GPU reads x once and y once per tile of 64 or 128
-        rows, mostly from its L2 cache; where these are too few to fill it, several programs share
-        the columns of each.
+        flops. Beyond the result, memory holds centered copies of x and y (on a CPU only of clouds
+        that lie far from the origin), and on a CPU a tile of 2 MiB, or of 64 rows if those are
+        more; a GPU reads x once and y once per tile of 64 or 128 rows, mostly from its L2 cache;
+        where these are too few to fill it, several programs share the columns of each.
         float32 products on a GPU follow ``torch.set_float32_matmul_precision``: tf32x3 for
         "highest", tf32 for "high", bfloat16 for "medium"; half precision is multiplied as it is.
         Only the screening becomes coarser. float64 on a GPU takes the tiled path.
