@@ -96,7 +96,7 @@ $(HOSTS)/.done: pyproject.toml constraints.txt examples/hosts/requirements.txt
 
 hosts: $(HOSTS)/.done
 	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts or not hosts' \
-	  tests/test_hosts.py tests/test_notebooks.py
+	  tests/test_hosts.py tests/test_notebooks.py tests/test_baselines.py
 
 examples: demo hosts
 
