@@ -7,14 +7,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def fingerprints(module: nn.Module) -> dict[str, Tensor]:
-    """A number for each trainable parameter, which changes when it is trained."""
+    """A number for each trainable parameter, which changes when it is trained.
+
+    Not for those that other tensors stand for: a DTensor's values are on all ranks, and asking for
+    them would wait for a rank that does not ask.
+    """
     return {
         name: _fingerprint(parameter)
         for name, parameter in module.named_parameters()
-        if parameter.requires_grad and not is_lazy(parameter)
+        if parameter.requires_grad
+        and not is_lazy(parameter)
+        and not is_traceable_wrapper_subclass(parameter)
     }
 
 

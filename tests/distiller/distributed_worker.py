@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +14,7 @@ from fad_loss import Distiller
 
 from .networks import DGCNN, PointNet2, Tuples, clouds
 
+WHOLE = states.StateDictOptions(full_state_dict=True)
 # Each with what makes half a batch, twice, the whole: no statistics of the batch.
 OPTIONS = {"normalize": False, "max_points": None, "weight": 0.5}
 NETWORKS = {
@@ -59,6 +61,11 @@ def work(rank: int, folder: str) -> None:
             if next(child.parameters(), None) is not None:
                 fully_shard(child, mesh=mesh)
         train(fully_shard(distiller, mesh=mesh), points)
+        if rank == 0:  # which no other rank is asked for
+            distiller.statistics()
+        # Saved whole, and loaded in pieces.
+        state = states.get_model_state_dict(distiller, options=WHOLE)
+        states.set_model_state_dict(distiller, state, options=WHOLE)
         results[name, "FSDP2"] = {
             key: parameter.full_tensor() for key, parameter in distiller.named_parameters()
         }
