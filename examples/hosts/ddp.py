@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import toy
 from fad_loss import FeatureAdversarialLoss  # fad_loss
 
+SHARE = {"discriminator": "paired", "balance": True, "weight": 0.3, "warmup_steps": 100}  # fad_loss
+
 
 class Guided(nn.Module):
     """The student and the loss, so that one wrapper sees all parameters in one forward."""
@@ -31,8 +33,7 @@ class Guided(nn.Module):
         super().__init__()
         self.student, self.others, self.gather = student, (teacher,), gather
         if teacher is not None:
-            options = {"balance": True, "warmup_steps": 100, "discriminator": "paired"}  # fad_loss
-            self.fad = FeatureAdversarialLoss(24, 96, **options)  # fad_loss
+            self.fad = FeatureAdversarialLoss(24, 96, **SHARE)  # fad_loss
 
     def forward(self, points: Tensor, labels: Tensor) -> Tensor:
         """The loss of one rank's batch."""

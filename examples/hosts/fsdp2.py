@@ -22,7 +22,7 @@ import toy
 from fad_loss import Distiller  # fad_loss
 
 LAYERS = {"encoder": "encoder"}
-OPTIONS = {"discriminator": "paired", "balance": True, "warmup_steps": 100}  # fad_loss
+SHARE = {"discriminator": "paired", "balance": True, "weight": 0.3, "warmup_steps": 100}  # fad_loss
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
 
@@ -49,7 +49,7 @@ def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:
     data, student = toy.clouds(800), toy.PointNet(6)
     network: nn.Module = nn.Sequential(OrderedDict(student=student))
     if teacher is not None:
-        network = Distiller(student, teacher, LAYERS, example=data[0][:2], **OPTIONS)  # fad_loss
+        network = Distiller(student, teacher, LAYERS, example=data[0][:2], **SHARE)  # fad_loss
     network = fully_shard(network.to(args.device), mesh=args.mesh)
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
