@@ -351,3 +351,14 @@ sys.stdout.write(str(peak() - before))
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) / 1024 < 300
+
+
+def test_few_points_far_from_the_origin():
+    """So far that a product of uncentered points leaves most rows in doubt, or only a few."""
+    torch.manual_seed(0)
+    for offset in (10.0, 1e4):
+        x, y = torch.randn(8, 90, 24) + offset, torch.randn(8, 100, 24) + offset
+        distance, index = ops.nearest(x, y)
+        true_d, true_i = true_knn(x, y, 1)
+        assert torch.equal(index, true_i[..., 0])
+        torch.testing.assert_close(distance.double(), true_d[..., 0], rtol=1e-6, atol=0)
