@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -155,6 +156,16 @@ def test_figures_come_from_the_committed_files():
     figures += re.findall(r"[\d.]+ ± [\d.]+", RENDERED[ROOT / "README.md"].prose)
     assert len(figures) >= 8
     assert [figure for figure in figures if figure not in report] == []
+    file = ROOT / "benchmarks" / "results" / "latency-cpu.json"
+    measured = json.loads(file.read_text(encoding="utf-8"))["latencies"]
+    times = {
+        f"{row['parameters']:,}": f"{1e3 * row['median_s']:.1f} ms"
+        for row in measured
+        if row["arch"] == "pointnet" and row["points"] == 256
+    }
+    shown = [row for row in RENDERED[ROOT / "README.md"].cells if row[2:] and row[1] in times]
+    assert len(shown) == 4
+    assert [row[2] for row in shown] == [times[row[1]] for row in shown]
     pulls = re.findall(r"([\d.]+ %)\s+\(`code`\)", RENDERED[ROOT / "docs" / "study.md"].prose)
     shares = (results / "gradients.md").read_text(encoding="utf-8")
     assert len(pulls) == 5
