@@ -267,9 +267,8 @@ class FeatureAdversarialLoss(WideBuffers):
         ``non_finite`` (how many features were NaN or infinite), ``small_clouds`` (how many had too
         few points to say anything), and ``untrained_parameters``: how many of the loss's trainable
         parameters still hold the values that they were made or loaded with. Once training runs it
-        should be 0 (1 where an objective compares scores: their common bias has no gradient); if
-        it is more, put ``fad.parameters()`` into the optimizer. Parameters in pieces (FSDP2) are
-        not counted.
+        should be 0 (1 where an objective compares scores: their common bias has no gradient); else
+        put ``fad.parameters()`` into the optimizer. Parameters in pieces (FSDP2) do not count.
         """
         values = self.record.read()
         still = untrained(self, self._made_with).values()
