@@ -66,7 +66,7 @@ def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:
 
 
 if __name__ == "__main__":
-    parser = toy.parser(__doc__)
+    parser = toy.parser(__doc__, seeds=5)
     parser.add_argument("--gather", action="store_true", help="global features, of all ranks")
     arguments = toy.start(parser)
     arguments.device = toy.join()

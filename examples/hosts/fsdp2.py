@@ -73,7 +73,7 @@ def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:
 
 
 if __name__ == "__main__":
-    arguments = toy.start(toy.parser(__doc__))
+    arguments = toy.start(toy.parser(__doc__, seeds=5))
     arguments.device = toy.join()
     arguments.mesh = init_device_mesh(arguments.device.type, (arguments.world,))
     toy.compare(arguments, train)

@@ -120,13 +120,14 @@ class PointNet(nn.Module):
 Train = Callable[[argparse.Namespace, str, nn.Module | None], nn.Module]
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The options that all hosts have."""
+def parser(doc: str, seeds: int = 2) -> argparse.ArgumentParser:
+    """The options that all hosts have; more seeds where students of a kind differ much."""
     options = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--epochs", type=int, default=20, help="of each training [20]")
-    options.add_argument("--seeds", type=int, default=2, help="students of either kind [2]")
+    text = f"students of either kind [{seeds}]"
+    options.add_argument("--seeds", type=int, default=seeds, help=text)
     options.add_argument("--resume", action="store_true", help="go on where a run stopped")
     options.add_argument("--folder", type=Path, default=None, help="checkpoints [runs/SCRIPT]")
     return options
