@@ -158,6 +158,23 @@ def test_gradient_through_vmap(case, fused, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("operation", ["nearest", "knn", "softmin", "kernel_mean"])
+def test_vmap_over_incoming_gradients(operation, fused, device):
+    """As for the rows of a Jacobian."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(2, n, 20, device=device, requires_grad=True) for n in (6, 9))
+    more = {"knn": (3,), "softmin": (0.5,), "kernel_mean": (ops.Gaussian(1.0),)}.get(operation, ())
+    out = getattr(ops, operation)(x, y, *more, backend=fused)
+    out = out[0] if isinstance(out, tuple) else out
+    rows = torch.randn(4, *out.shape, device=device)
+
+    def gradient(row):
+        return torch.autograd.grad(out, (x, y), row, retain_graph=True)
+
+    for at_once, *one_by_one in zip(torch.vmap(gradient)(rows), *map(gradient, rows), strict=True):
+        torch.testing.assert_close(at_once, torch.stack(one_by_one))
+
+
 def test_vmap_over_ragged_clouds_says_what_to_do(fused):
     x, y, _, clouds = operands(fused, "packed", grad=False)
     with pytest.raises(NotImplementedError, match="ragged batch"):

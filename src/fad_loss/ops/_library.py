@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._precision import full_precision
@@ -151,15 +152,17 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     own = x.unsqueeze(-2).to(grad.dtype)  # the gradient has the wide dtype of the distance
     to_x: Tensor | None = None
     spread = points.new_zeros(points.shape, dtype=grad.dtype)
+    mapped = any(map(functorch.is_functorch_wrapped_tensor, (grad, x, y)))
     # Neighbor by neighbor where all of them together, k copies of x, would be much.
     k = index.shape[-1]
     step = k if x.numel() * k <= _GATHERED else 1
     for start in range(0, k, step):
         part = slice(start, start + step)
         near = flat[..., part]
-        # One tensor of this size, changed in place.
-        chosen = points.index_select(0, near.reshape(-1)).view(*near.shape, -1)
-        push = chosen.to(grad.dtype).sub_(own).mul_(weight[..., part].unsqueeze(-1))
+        chosen = points.index_select(0, near.reshape(-1)).view(*near.shape, -1).to(grad.dtype)
+        scale = weight[..., part].unsqueeze(-1)
+        # One tensor of this size, changed in place, which vmap cannot do.
+        push = (chosen - own) * scale if mapped else chosen.sub_(own).mul_(scale)
         to_x = push.sum(-2).neg() if to_x is None else to_x - push.sum(-2)
         if ctx.needs_input_grad[1]:
             where, push = near.reshape(-1), push.view(-1, y.shape[-1])
