@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from distill import networks
-from measure import RESULTS, context, interleave, save
+from measure import by_size, interleave
 
 CLASSES = 40
 
@@ -92,20 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    output = arguments.output or RESULTS / f"latency-{arguments.device}.json"
-    console = Console()
-    report: dict[str, Any] = {
-        "schema": 1,
-        "context": context(torch.device(arguments.device)),
-        "latencies": [],
-    }
-    for points in arguments.points:
-        with console.status(f"{points} points"):
-            report["latencies"] += measure(arguments, points)
-        save(output, report)
-    console.print(table(report["latencies"]))
-    console.print(f"written to {output}")
-    return 0
+    return by_size(arguments, "latency", "latencies", measure, table)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ compared runs in turn, round after round, and a ratio is the median of the round
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import importlib
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 sys.path.insert(0, os.getenv("FAD_LOSS_SOURCE", str(Path(__file__).resolve().parents[1] / "src")))
 
@@ -346,3 +349,24 @@ def save(path: Path, report: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(report, indent=1) + "\n")
     unfinished.replace(path)
+
+
+def by_size(
+    arguments: argparse.Namespace,
+    kind: str,
+    rows: str,
+    measured: Callable[[argparse.Namespace, int], list[dict[str, Any]]],
+    table: Callable[[Sequence[dict[str, Any]]], Table],
+) -> int:
+    """Measure at every number of points, save after each, and print the table of all."""
+    output = arguments.output or RESULTS / f"{kind}-{arguments.device}.json"
+    console = Console()
+    found = context(torch.device(arguments.device))
+    report: dict[str, Any] = {"schema": 1, "context": found, rows: []}
+    for points in arguments.points:
+        with console.status(f"{points} points"):
+            report[rows] += measured(arguments, points)
+        save(output, report)
+    console.print(table(report[rows]))
+    console.print(f"written to {output}")
+    return 0

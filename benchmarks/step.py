@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -28,7 +27,7 @@ sys.path.insert(0, os.getenv("FAD_LOSS_SOURCE", str(Path(__file__).resolve().par
 
 from distill import networks
 from fad_loss import FeatureAdversarialLoss, capture_features
-from measure import RESULTS, context, interleave, save
+from measure import by_size, interleave
 
 CLASSES = 40
 WITHOUT = "without"
@@ -140,20 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    output = arguments.output or RESULTS / f"step-{arguments.device}.json"
-    console = Console()
-    report: dict[str, Any] = {
-        "schema": 1,
-        "context": context(torch.device(arguments.device)),
-        "steps": [],
-    }
-    for points in arguments.points:
-        with console.status(f"{points} points"):
-            report["steps"] += measure(arguments, points)
-        save(output, report)
-    console.print(table(report["steps"]))
-    console.print(f"written to {output}")
-    return 0
+    return by_size(arguments, "step", "steps", measure, table)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,6 @@ class PointLayer(nn.Module):
         return per_point(lambda rows: self.activation(self.norm(self.linear(rows))), points)
 
 
-# Scores that are looked at together: 1 MiB, which stays in a cache.
-_SCORES = 1 << 18
-
-
 def first_largest(scores: Tensor) -> Tensor:
     """`scores.argmax(-1)`; on a CPU by arithmetic, which vectorises, in half the time.
 
@@ -75,7 +71,8 @@ def first_largest(scores: Tensor) -> Tensor:
         return scores.argmax(dim=-1)
     columns = torch.arange(scores.shape[-1], dtype=scores.dtype)
     found = []
-    for part in scores.split(max(_SCORES // max(scores[0].numel(), 1), 1)):
+    # 1 MiB of scores at a time, which stays in a cache.
+    for part in scores.split(max((1 << 18) // max(scores[0].numel(), 1), 1)):
         below = part.amax(dim=-1, keepdim=True) - part
         found.append(torch.add(columns, below, alpha=2.0**100, out=below).amin(dim=-1))
     first = torch.cat(found)
