@@ -6,6 +6,7 @@
 #   make types        the type checker, strict
 #   make wheel        build the package, install it in an empty environment, import it from there
 #   make hosts        the hosts and the notebooks, in .venv-hosts with their frameworks: all tests of them
+#                     (make hosts-short: each for one epoch)
 #   make examples     the demo and the hosts
 #   make docs         the documentation, into docs/_build/html
 #   make site         the documentation, looked at with a browser (needs Chromium or Chrome)
@@ -31,7 +32,7 @@ PIP_INSTALL = -m pip --disable-pip-version-check install --no-compile --constrai
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format types wheel hosts examples docs links site benchmarks clean distclean
+.PHONY: help demo test fuzz lint format types wheel hosts hosts-short examples docs links site benchmarks clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -94,9 +95,13 @@ $(HOSTS)/.done: pyproject.toml constraints.txt examples/hosts/requirements.txt
 	$(HOSTS)/bin/python -c 'import torchvision'
 	@touch $@
 
+HOST_TESTS := tests/test_hosts.py tests/test_notebooks.py tests/test_baselines.py
+
 hosts: $(HOSTS)/.done
-	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts or not hosts' \
-	  tests/test_hosts.py tests/test_notebooks.py tests/test_baselines.py
+	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts or not hosts' $(HOST_TESTS)
+
+hosts-short: $(HOSTS)/.done
+	$(TEST_ENV) $(HOSTS)/bin/python -m pytest --numprocesses $(WORKERS) -m 'hosts and not long' $(HOST_TESTS)
 
 examples: demo hosts
 

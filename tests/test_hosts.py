@@ -1,7 +1,8 @@
 """The hosts: every script runs and prints its comparison, in the lines that its table says.
 
-What trains is marked `hosts` and runs in the environment that `make hosts` builds. In every
-environment the lines are counted, and hosts that need torch alone are killed and go on.
+What trains is marked `hosts` and runs in the environment that `make hosts` builds; what trains at
+full length is `long` too. In every environment the lines are counted, and hosts that need torch
+alone are killed and go on.
 """
 
 from __future__ import annotations
@@ -84,15 +85,28 @@ def test_the_table_names_every_script_with_its_lines():
     assert rows == {script: str(len(marked(script))) for script in SCRIPTS}
 
 
-@pytest.mark.hosts
-@pytest.mark.parametrize("script", VARIANTS)
-def test_the_student_with_the_loss_is_not_behind(script, tmp_path):
-    printed = run(script, "--folder", tmp_path)
+def comparison(printed):
+    """The three figures that every host prints, in per cent."""
     found = re.findall(
         r"^(teacher|student alone|student with the loss) .*? ([\d.]+) %", printed, re.MULTILINE
     )
     means = {name: float(value) for name, value in found}
     assert len(means) == 3, printed
+    return means
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("script", VARIANTS)
+def test_one_epoch_ends_in_the_comparison(script, tmp_path):
+    means = comparison(run(script, "--folder", tmp_path, "--epochs", 1, "--seeds", 1))
+    assert all(0 <= value <= 100 for value in means.values())
+
+
+@pytest.mark.hosts
+@pytest.mark.long
+@pytest.mark.parametrize("script", VARIANTS)
+def test_the_student_with_the_loss_is_not_behind(script, tmp_path):
+    means = comparison(run(script, "--folder", tmp_path))
     assert means["student alone"] < means["teacher"]
     assert means["student with the loss"] >= means["student alone"] - 2
 
@@ -124,7 +138,7 @@ def weights(folder):
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(script, marks=() if script in PLAIN else pytest.mark.hosts)
+        pytest.param(script, marks=() if script in PLAIN else [pytest.mark.hosts, pytest.mark.long])
         for script in SCRIPTS
         if script != "export"
     ],

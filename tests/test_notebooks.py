@@ -38,6 +38,7 @@ def test_notebooks_are_those_of_their_scripts_executed(script):
 
 
 @pytest.mark.hosts
+@pytest.mark.long  # and part of building the documentation, which executes them too
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_notebooks_run(script, monkeypatch):
     monkeypatch.syspath_prepend(str(NOTEBOOKS))

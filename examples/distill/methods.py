@@ -98,23 +98,23 @@ def distiller(
 ) -> Distiller:
     """The library's loss between the layers that the networks name.
 
-    Without options it is what the README shows, all defaults:
-    ``FeatureAdversarialLoss(student_channels, teacher_channels)``.
+    Without options it is what the README shows, all defaults.
     """
     options |= of_discriminator(discriminator, teacher.channels)
-    weight = next(student.parameters())
-    loss = FeatureAdversarialLoss(student.channels, teacher.channels, **options)
+    chosen, weight = options.get("discriminator"), next(student.parameters())
     # Where the points of one are not those of the other, it says where they are.
+    positional = chosen in {None, "teacher", "paired"} or getattr(chosen, "positional", False)
     places = {student.layer: (student.places, teacher.places)}
-    unlike = (student.samples or teacher.samples) and loss.discriminator.positional
+    unlike = (student.samples or teacher.samples) and positional
     example = torch.linspace(-1, 1, 2 * 32 * 3, device=weight.device, dtype=weight.dtype)
     return Distiller(
         student,
         teacher,
-        {student.layer: (teacher.layer, loss.to(weight.device))},
+        {student.layer: teacher.layer},
         example=example.view(2, 32, 3),
         layout="bnc",
         positions=places if unlike else None,
+        **options,
     )
 
 

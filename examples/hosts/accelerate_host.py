@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import toy
 from fad_loss import Distiller  # fad_loss
 
-OPTIONS = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
+OPTIONS = {"warmup_steps": 100}  # fad_loss
 
 
 class Progress:

@@ -15,7 +15,7 @@ import toy
 from fad_loss import Distiller  # fad_loss
 
 LAYERS = {"encoder": "encoder"}
-OPTIONS = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
+OPTIONS = {"warmup_steps": 100}  # fad_loss
 
 
 class Segmenter(nn.Module):

@@ -16,7 +16,7 @@ import toy
 from fad_loss import Distiller  # fad_loss
 
 LAYERS = {"encoder": "encoder"}
-OPTIONS = {"discriminator": "paired", "warmup_steps": 100}  # fad_loss
+OPTIONS = {"warmup_steps": 100}  # fad_loss
 
 
 def train(args: Namespace, name: str, teacher: nn.Module | None) -> nn.Module:

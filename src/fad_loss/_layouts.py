@@ -59,6 +59,36 @@ def one_more_point(example: object) -> Tensor | None:
     return torch.cat([example, example.narrow(axis, points - 1, 1)], axis)
 
 
+def shuffled(example: object) -> tuple[Tensor | None, Tensor]:
+    """The example with its points in another order, if it shows them; and which comes where."""
+    points = _number_of_points(example)
+    if not isinstance(example, Tensor) or not points:
+        return None, torch.empty(0)
+    order = torch.randperm(points, generator=torch.Generator().manual_seed(0)).to(example.device)
+    return example.index_select(1 if example.shape[1] == points else 2, order), order
+
+
+def follow_points(features: Tensor, again: object, layout: str, order: Tensor) -> bool:
+    """Whether feature i of a layer is of point i of the example.
+
+    Then the features of the shuffled example, `again`, are its features, shuffled: of nearly all
+    points, for the choice of neighbours may hang on a rounding. Features that are the same at all
+    points show nothing.
+    """
+    if layout not in LAYOUTS or not isinstance(again, Tensor) or again.shape != features.shape:
+        return False
+    axis = 1 + LAYOUTS[layout]
+    if features.shape[axis] != len(order):
+        return False
+    near = 1e-3 * features.abs().amax()
+
+    def unchanged(one: Tensor) -> Tensor:
+        return ((again - one).abs().amax(3 - axis) <= near).double().mean()
+
+    moved = features.index_select(axis, order)
+    return bool((unchanged(moved) > 0.9) & (unchanged(features) < 0.5))
+
+
 def _number_of_points(example: object) -> int | None:
     """N of ``(B, N, 3)`` or ``(B, 3, N)``: the longer one, for there are few coordinates."""
     if not isinstance(example, Tensor) or is_ragged(example) or example.dim() != 3:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fad_loss._errors import choose, describe, expected, switch
-from fad_loss._layouts import along, channels, in_layout, layout_of, one_more_point, one_per_cloud
+from fad_loss._layouts import (
+    along,
+    channels,
+    follow_points,
+    in_layout,
+    layout_of,
+    one_more_point,
+    one_per_cloud,
+    shuffled,
+)
 from fad_loss._points import LAYOUTS
 from fad_loss.capture import CapturedFeatures, capture_features
 from fad_loss.loss import FeatureAdversarialLoss
@@ -86,6 +95,10 @@ class Distiller(nn.Module):
             "error".
         clone: use copies of what the layers return, where an operation in place follows.
         options: of each `FeatureAdversarialLoss` that is made here: `weight`, `discriminator`, ...
+            A `discriminator` that is not given is "paired" where what the layers return can be told
+            to correspond: feature i is of the same point in both, or of the same cloud, or
+            `positions` say where each belongs. Elsewhere it is "teacher". Whether points correspond
+            shows the example: its points are shuffled, and the features of both have to follow.
 
     Shape:
         Features of points ``(B, N, C)`` or ``(B, C, N)``, ragged ones, or one per cloud,
@@ -139,15 +152,12 @@ class Distiller(nn.Module):
         )
         self._capture()
         seen = self._look_at(example)
-        larger: list[tuple[Any, Any]] = [(None, None)] * len(seen)
-        one_more = one_more_point(example) if layout is None else None
-        if one_more is not None:
-            # A network that takes no other number of points may raise whatever it likes.
-            with suppress(Exception):
-                larger = self._look_at(one_more)
-        layouts = _both_layouts(layout)
+        larger = self._try_at(one_more_point(example) if layout is None else None)
+        others, order = shuffled(example)
+        again = self._try_at(others)
+        layouts, given = _both_layouts(layout), options.pop("discriminator", None)
         pairs, self.losses = [], nn.ModuleDict()
-        for pair, (mine, its), more in zip(self._pairs, seen, larger, strict=True):
+        for pair, (mine, its), more, new in zip(self._pairs, seen, larger, again, strict=True):
             found = (
                 layout_of(f"student layer {pair.student!r}", mine, layouts[0], example, more[0]),
                 layout_of(f"teacher layer {pair.teacher!r}", its, layouts[1], example, more[1]),
@@ -158,8 +168,14 @@ class Distiller(nn.Module):
                     wanted = "two layers of features of points, or two of one per cloud"
                     raise expected(f"layers[{pair.student!r}]", wanted, both)
             pairs.append(pair._replace(layouts=found))
-            sizes = channels(mine, found[0]), channels(its, found[1])
             own = targets[pair.student][1]
+            own = given if own is None else own
+            if own is None:
+                corresponds = pair.positions is not None or "global" in found
+                sides = zip((mine, its), new, found, strict=True)
+                corresponds |= all(follow_points(*side, order) for side in sides)
+                own = "paired" if corresponds else "teacher"
+            sizes = channels(mine, found[0]), channels(its, found[1])
             self.losses[pair.key] = _make_loss(pair, own, sizes, options, mine)
         self._pairs = tuple(pairs)
         teacher.eval()
@@ -176,6 +192,13 @@ class Distiller(nn.Module):
             return [(self._of_student[p.student], self._of_teacher[p.teacher]) for p in self._pairs]
         finally:
             self._forget()
+
+    def _try_at(self, example: Tensor | None) -> list[tuple[Any, Any]]:
+        """The same, or pairs of None; a network that does not take it may raise what it likes."""
+        if example is not None:
+            with suppress(Exception):
+                return self._look_at(example)
+        return [(None, None)] * len(self._pairs)
 
     @property
     def teacher(self) -> nn.Module:
@@ -361,10 +384,10 @@ def _both_layouts(layout: Any) -> tuple[str | None, str | None]:
 def _make_loss(
     pair: _Pair, own: Any, sizes: tuple[int, int], options: dict[str, Any], features: Tensor
 ) -> FeatureAdversarialLoss:
-    """The user's own loss for the pair, if it fits; or one of so many channels."""
+    """The user's own loss for the pair, if it fits; or one with a discriminator of that kind."""
     if not isinstance(own, FeatureAdversarialLoss):
-        chosen = options if own is None else {**options, "discriminator": own}
         dtype = torch.float64 if features.dtype == torch.float64 else None
+        chosen = {**options, "discriminator": own}
         return FeatureAdversarialLoss(*sizes, **chosen).to(features.device, dtype)
     if (own.student_channels, own.teacher_channels) != sizes:
         made = f"{own.student_channels} and {own.teacher_channels} channels, as the loss is made"

@@ -283,7 +283,7 @@ def captured(network, layers, points):
 
 @pytest.mark.parametrize("points_last", [False, True])
 def test_positions(points_last):
-    distiller = build("several").eval()
+    distiller = build("several", discriminator="teacher").eval()
     points = clouds()
     xyz = points if points_last else points.mT
     loss = distiller(points, positions=(xyz, xyz))[1]
