@@ -92,8 +92,8 @@ class Advice:
                 "balance",
                 f"balance: in {_UPDATES} steps no gradient of another loss arrived at the "
                 "student's features, so there is nothing to balance with; give this loss the "
-                "tensor that the task's loss is computed from, no copy of it and no ragged(...) "
-                "of it, or set balance=False",
+                "tensor that the task's loss is computed from, or ragged(...) of it, but no copy, "
+                "or set balance=False",
             )
 
     def on_scores(self, scores: Tensor) -> None:

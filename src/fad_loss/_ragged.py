@@ -44,6 +44,11 @@ def wrap(values: Tensor, offsets: Tensor, shortest: int | None, longest: int | N
     return ragged
 
 
+def source(x: Tensor) -> Tensor | None:
+    """The packed values that a ragged tensor was made of, which other losses may see as well."""
+    return getattr(x.grad_fn, "source", None)
+
+
 def unpack(values: Tensor, like: Tensor) -> Tensor:
     """Give packed `values` the clouds of the ragged tensor `like`."""
     return wrap(values, like.offsets(), like._maybe_min_seqlen, like._maybe_max_seqlen)  # type: ignore[attr-defined]
@@ -61,6 +66,7 @@ class _Wrap(torch.autograd.Function):
         ctx: Any, values: Tensor, offsets: Tensor, shortest: int | None, longest: int | None
     ) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.source = values
         return torch.nested.nested_tensor_from_jagged(
             values.detach(), offsets, min_seqlen=shortest, max_seqlen=longest
         )

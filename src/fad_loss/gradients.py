@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fad_loss._ragged import is_ragged, pack
+from fad_loss._ragged import is_ragged, pack, source
 
 __all__ = ["GradientBalance", "weigh_gradient"]
 
@@ -46,9 +47,9 @@ class GradientBalance(nn.Module):
     hooks, and used from the next step on: the factor is a constant to every gradient. Of several
     passes over the same features (a probe by `torch.autograd.grad` before the real one, say) the
     last in which a gradient came counts. Where the features are a view of all of another tensor
-    (transposed, say), what arrives at that one is measured. A loss scaler, or a division for
-    gradient accumulation, multiplies both and cancels. What is not finite, or where one of the two
-    is zero, is not counted. The factor stays between 1/1000 and 1000.
+    (transposed, say), or `ragged` of one, what arrives at that one is measured. A loss scaler, or a
+    division for gradient accumulation, multiplies both and cancels. What is not finite, or where
+    one of the two is zero, is not counted. The factor stays between 1/1000 and 1000.
 
     The buffers are saved with a ``state_dict``. In a process group the measurements of all ranks
     are averaged, so that all use the same factor.
@@ -93,7 +94,7 @@ class GradientBalance(nn.Module):
 
         Args:
             features: the student's, which other losses see as well; or a view of all of them
-                (transposed, say), while the others see what it is a view of.
+                (transposed, say), or `ragged` of them, while the others see what it was made of.
             weight: what the term's gradient is multiplied by this time, the factor included.
         """
         if torch.compiler.is_compiling():
@@ -124,15 +125,27 @@ class GradientBalance(nn.Module):
             self._see(rest - mine, mine / weight)
 
         @torch.no_grad()
-        def arrived_at_base(total: Tensor) -> None:
-            """The same where the features are a view, and other losses see what they view."""
+        def arrived_before(total: Tensor, view: Tensor | None = None) -> None:
+            """The same where other losses see what the features are a view, or ragged, of."""
             mine = latest.get(_backward_pass())
-            self._see(total.detach() if mine is None else total - _placed(mine, features, total))
+            if mine is not None and view is not None:
+                mine = _placed(mine, view, total)
+            self._see(total.detach() if mine is None else total - mine)
 
-        self._handles = [features.register_hook(arrived)]  # type: ignore[no-untyped-call]
-        base = None if is_ragged(features) else features._base
-        if base is not None and base.requires_grad and base.numel() == features.numel():
-            self._handles.append(base.register_hook(arrived_at_base))  # type: ignore[no-untyped-call]
+        watched = [(features, arrived)]
+        values: Tensor | None = features
+        if is_ragged(features):
+            values = source(features)
+            if values is not None:
+                watched.append((values, arrived_before))
+        base = None if values is None else values._base
+        if base is not None and base.numel() == features.numel():
+            watched.append((base, partial(arrived_before, view=values)))
+        self._handles = [
+            one.register_hook(call)  # type: ignore[no-untyped-call]
+            for one, call in watched
+            if one.requires_grad
+        ]
         return own
 
     def _see(self, task: Tensor, own: Tensor | None = None) -> None:

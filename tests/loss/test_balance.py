@@ -276,15 +276,33 @@ def test_a_view_of_the_features_that_the_task_sees(to_base, view):
         torch.testing.assert_close(getattr(other.balance, name), getattr(fad.balance, name))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_ragged_features_balance_with_what_arrives_at_the_packed_ones(flat):
+    """The criterion of a segmentation network sees packed features, the loss ragged ones."""
+    encoder, fad, points, teacher = problem()
+    other = copy.deepcopy(fad)
+    whole = ragged(teacher.flatten(0, 1), lengths=[12] * 5)
+    for _ in range(3):
+        features = encoder(points)
+        (task(features) + fad(features, teacher)).backward()
+        packed = encoder(points.flatten(0, 1)) if flat else encoder(points)
+        dense, values = (
+            (packed.unflatten(0, (5, 12)), packed) if flat else (packed, packed.flatten(0, 1))
+        )
+        (task(dense) + other(ragged(values, lengths=[12] * 5), whole)).backward()
+    fad.balance.factor(), other.balance.factor()  # counts the last pass
+    assert int(other.balance.measured) == 3
+    for name in ("task", "own"):
+        torch.testing.assert_close(getattr(other.balance, name), getattr(fad.balance, name))
+
+
 def test_says_once_that_nothing_else_arrives():
     encoder, fad, points, teacher = problem()
-    whole = ragged(teacher.flatten(0, 1), lengths=[12] * 5)
 
     def train(steps):
         for _ in range(steps):
             features = encoder(points)
-            clouds = ragged(features.flatten(0, 1), lengths=[12] * 5)
-            (task(features) + fad(clouds, whole)).backward()
+            (task(features) + fad(features.clone(), teacher)).backward()
 
     with pytest.warns(UserWarning, match="balance: in 10 steps no gradient of another") as said:
         train(15)
