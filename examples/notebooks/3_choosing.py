@@ -13,7 +13,6 @@ if importlib.util.find_spec("fad_loss") is None:  # on Colab, say
     subprocess.run([*pip, "fad-loss", "tensorboard"], check=True)
 
 # %%
-import copy
 import math
 import tempfile
 
@@ -106,11 +105,25 @@ def accuracy(network):
 
 torch.manual_seed(0)
 teacher = fit(PointNet(24))
-torch.manual_seed(1)
-start = PointNet(5)
-print(
-    f"teacher {accuracy(teacher):.1f} %, student alone {accuracy(fit(copy.deepcopy(start))):.1f} %"
-)
+
+
+def students(name, layers=None, seeds=2, **options):
+    """Train students from several seeds, alone or with a distiller, and say how good they are."""
+    found = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        student = PointNet(8)
+        if layers:
+            options = {"warmup_steps": 100, "example": train[0][:2], **options}
+            fit(Distiller(student, teacher, layers, **options), f"{name} {seed}")
+        else:
+            fit(student)
+        found.append(accuracy(student))
+    print(f"{name:12} {sum(found) / seeds:.1f} %   ({' '.join(f'{value:.1f}' for value in found)})")
+
+
+print(f"teacher      {accuracy(teacher):.1f} %")
+students("alone")
 
 # %% [markdown]
 # ## Which layers are there?
@@ -118,50 +131,38 @@ print(
 
 # %%
 try:
-    Distiller(copy.deepcopy(start), teacher, {"encodr": "encoder"}, example=train[0][:2])
+    Distiller(PointNet(8), teacher, {"encodr": "encoder"}, example=train[0][:2])
 except ValueError as error:
     print(error)
 
 # %% [markdown]
 # ## Candidates
-# - `encoder`, the last layer with one feature per point, by `"paired"`, for point i is point i in both networks
-# - the same, by the default, which compares sets
-# - `encoder` by the teacher's own head (`HeadDiscriminator`)
+# - `encoder`, the last layer with one feature per point. Point i is point i in both networks; the distiller sees that in the
+#   example and takes `"paired"`. Where networks choose their points, it takes `"teacher"`, which compares sets.
+# - the same layer, judged by the teacher's own head (`HeadDiscriminator`)
 # - two layers
+#
+# To compare layers and not strengths, each pulls a third as strongly as the task: `balance=True`, see below.
 
 # %%
 candidates = {
-    "paired": {"encoder": ("encoder", "paired")},
-    "sets": {"encoder": ("encoder", "teacher")},
+    "points": {"encoder": "encoder"},
     "head": {"encoder": ("encoder", HeadDiscriminator(teacher.head))},
-    "two layers": {"encoder.1": ("encoder.1", "paired"), "encoder": ("encoder", "paired")},
+    "two layers": {"encoder.1": "encoder.1", "encoder": "encoder"},
 }
 for name, layers in candidates.items():
-    torch.manual_seed(2)
-    student = copy.deepcopy(start)
-    distiller = Distiller(student, teacher, layers, example=train[0][:2], warmup_steps=100)
-    fit(distiller, name)
-    print(f"{name:12} {accuracy(student):.1f} %")
+    students(name, layers, balance=True, weight=0.3)
 
 # %% [markdown]
-# One seed each: the sixth notebook says how to compare in earnest.
+# Two seeds each: the sixth notebook says how to compare in earnest.
 #
 # ## The weight
-# It multiplies the gradient at the student's features, so what is right depends on how strongly the task pulls there;
-# that of `"paired"`, above, is 30. `balance=True` makes it a share of that pull, here three tenths.
+# It multiplies the gradient at the student's features, so what is right depends on how strongly the task pulls there. The
+# default, 30 for `"paired"`, is a place to begin; `balance=True`, above, measures that pull at every step.
 
 # %%
-options = {"discriminator": "paired", "warmup_steps": 100}
-for weight in (3.0, 300.0, "balance"):
-    torch.manual_seed(2)
-    student = copy.deepcopy(start)
-    chosen = {"balance": True, "weight": 0.3} if weight == "balance" else {"weight": weight}
-    distiller = Distiller(
-        student, teacher, {"encoder": "encoder"}, example=train[0][:2], **options, **chosen
-    )
-    fit(distiller, f"weight {weight}")
-    used = distiller.statistics()["encoder/weight"].item()
-    print(f"weight {weight!s:8} {accuracy(student):.1f} %   (in the last step: {used:.1f})")
+for weight in (3.0, 30.0):
+    students(f"weight {weight:g}", {"encoder": "encoder"}, weight=weight)
 
 # %% [markdown]
 # ## In TensorBoard
@@ -170,8 +171,8 @@ for weight in (3.0, 300.0, "balance"):
 # %%
 shown = ("encoder/fake_score", "encoder/separability", "encoder/weight")
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
-for run in ("paired", "sets", "weight balance"):
-    events = EventAccumulator(f"{folder}/{run}")
+for run in ("points", "weight 3", "weight 30"):
+    events = EventAccumulator(f"{folder}/{run} 0")
     events.Reload()
     for axis, key in zip(axes, shown, strict=True):
         scalars = events.Scalars(key)
