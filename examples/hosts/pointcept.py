@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import toy
-from fad_loss import FeatureAdversarialLoss, ragged  # fad_loss
+from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, ragged  # fad_loss
 
 Scene = dict[str, Tensor]
+ZERO = torch.zeros(1, dtype=torch.int64)
 
 
 class Segmentor(nn.Module):
@@ -32,21 +33,23 @@ class Segmentor(nn.Module):
         """Have the loss of the features added to the criterion's."""
         self.others = (teacher,)
         if teacher is not None:
-            # A label for every point pulls at its features less than one for a cloud: a low weight.
-            options = {"discriminator": "paired", "warmup_steps": 100, "weight": 3}  # fad_loss
-            self.fad = FeatureAdversarialLoss(16, 96, **options)  # fad_loss
+            judge = HeadDiscriminator(teacher.head, pool=None)  # fad_loss
+            self.fad = FeatureAdversarialLoss(8, 48, discriminator=judge)  # fad_loss
+
+    def features(self, scene: Scene) -> Tensor:
+        """What the head takes: every point is seen with the maximum over its scene beside it."""
+        encoded, lengths = self.encoder(scene["coord"]), scene["offset"].diff(prepend=ZERO)
+        pooled = torch.segment_reduce(encoded, "max", lengths=lengths)
+        return self.decoder(torch.cat([encoded, pooled.repeat_interleave(lengths, 0)], -1))
 
     def forward(self, scene: Scene) -> Scene:
-        """Logits, and the loss: every point is seen with the maximum over its scene beside it."""
-        features, (teacher,) = self.encoder(scene["coord"]), self.others
+        """Logits, and the loss."""
+        features, (teacher,) = self.features(scene), self.others
         target, offset = scene["segment"], scene["offset"]
-        lengths = offset.diff(prepend=offset.new_zeros(1))
-        pooled = torch.segment_reduce(features, "max", lengths=lengths)
-        both = torch.cat([features, pooled.repeat_interleave(lengths, 0)], -1)
-        logits = self.head(self.decoder(both))
+        logits = self.head(features)
         loss = self.criterion(logits, target)
         if teacher is not None:
-            its = ragged(teacher.encoder(scene["coord"]), offset=offset)  # fad_loss
+            its = ragged(teacher.features(scene), offset=offset)  # fad_loss
             mine = ragged(features, offset=offset)  # fad_loss
             loss = loss + self.fad(mine, its, mask=target != toy.IGNORED)  # fad_loss
         return {"seg_logits": logits, "loss": loss}

@@ -46,10 +46,11 @@ class GradientBalance(nn.Module):
     are measured in the backward passes that the loop makes, one for all or one for each loss, by
     hooks, and used from the next step on: the factor is a constant to every gradient. Of several
     passes over the same features (a probe by `torch.autograd.grad` before the real one, say) the
-    last in which a gradient came counts. Where the features are a view of all of another tensor
-    (transposed, say), or `ragged` of one, what arrives at that one is measured. A loss scaler, or a
-    division for gradient accumulation, multiplies both and cancels. What is not finite, or where
-    one of the two is zero, is not counted. The factor stays between 1/1000 and 1000.
+    last in which a gradient came counts. Where the features are a view of another tensor
+    (transposed, say, or some of its points), or `ragged` of one, what arrives there counts. A loss
+    scaler, or a division for gradient accumulation, multiplies both and cancels. What is not
+    finite, or where one of the two is zero, is not counted. The factor stays between 1/1000 and
+    1000.
 
     The buffers are saved with a ``state_dict``. In a process group the measurements of all ranks
     are averaged, so that all use the same factor.
@@ -93,8 +94,8 @@ class GradientBalance(nn.Module):
         """The same features, for the term to use: what it sends back is told from all else.
 
         Args:
-            features: the student's, which other losses see as well; or a view of all of them
-                (transposed, say), or `ragged` of them, while the others see what it was made of.
+            features: the student's, which other losses see as well; or a view of them (transposed,
+                say), or `ragged` of them, while the others see what it was made of.
             weight: what the term's gradient is multiplied by this time, the factor included.
         """
         if torch.compiler.is_compiling():
@@ -128,9 +129,8 @@ class GradientBalance(nn.Module):
         def arrived_before(total: Tensor, view: Tensor | None = None) -> None:
             """The same where other losses see what the features are a view, or ragged, of."""
             mine = latest.get(_backward_pass())
-            if mine is not None and view is not None:
-                mine = _placed(mine, view, total)
-            self._see(total.detach() if mine is None else total - mine)
+            total = total.detach() if view is None else _through(view, total.detach())
+            self._see(total if mine is None else total - mine)
 
         watched = [(features, arrived)]
         values: Tensor | None = features
@@ -139,7 +139,7 @@ class GradientBalance(nn.Module):
             if values is not None:
                 watched.append((values, arrived_before))
         base = None if values is None else values._base
-        if base is not None and base.numel() == features.numel():
+        if base is not None and base.numel() >= features.numel():
             watched.append((base, partial(arrived_before, view=values)))
         self._handles = [
             one.register_hook(call)  # type: ignore[no-untyped-call]
@@ -182,15 +182,16 @@ def _backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _placed(gradient: Tensor, view: Tensor, like: Tensor) -> Tensor:
-    """The gradient of `view`, which shows all of its base, as one of the base."""
+def _through(view: Tensor, of_base: Tensor) -> Tensor:
+    """What the gradient of its base is at the elements of a view."""
     base = view._base
     if base is None:
         raise RuntimeError("not a view")
-    placed = torch.empty_strided(base.shape, base.stride(), dtype=like.dtype, device=like.device)
+    placed = torch.empty_strided(
+        base.shape, base.stride(), dtype=of_base.dtype, device=of_base.device
+    ).copy_(of_base)
     offset = view.storage_offset() - base.storage_offset()
-    placed.as_strided(view.shape, view.stride(), offset).copy_(gradient)
-    return placed
+    return placed.as_strided(view.shape, view.stride(), offset)
 
 
 def _norm(gradient: Tensor) -> Tensor:

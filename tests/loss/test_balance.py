@@ -259,6 +259,8 @@ def test_a_step_that_overflowed_is_forgotten():
     [
         (lambda t: t.transpose(1, 2).contiguous(), lambda base: base.transpose(1, 2)),
         (lambda t: t.flatten(0, 1), lambda base: base.view(5, 12, 4)),
+        (lambda t: torch.cat([t.new_zeros(5, 3, 4), t], 1), lambda base: base[:, 3:]),
+        (lambda t: torch.cat([t, t], 2).mT.contiguous(), lambda base: base[:, :4].mT),
     ],
 )
 def test_a_view_of_the_features_that_the_task_sees(to_base, view):
@@ -269,7 +271,8 @@ def test_a_view_of_the_features_that_the_task_sees(to_base, view):
         features = encoder(points)
         (task(features) + fad(features, teacher)).backward()
         base = to_base(encoder(points)) * 1
-        (task(view(base)) + other(view(base), teacher)).backward()
+        elsewhere = base.sum() - view(base).sum()
+        (task(view(base)) + elsewhere + other(view(base), teacher)).backward()
     fad.balance.factor(), other.balance.factor()  # counts the last pass
     assert int(other.balance.measured) == 3
     for name in ("task", "own"):
