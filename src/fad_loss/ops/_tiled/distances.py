@@ -63,13 +63,11 @@ class Points:
     @classmethod
     def of(cls, x: Tensor, y: Tensor, dtype: torch.dtype, shrinking: float = 0.25) -> Points:
         """Subtract the mean of y from both, if the squares shrink by such a share (1: never)."""
-        # Any point near the middle will do, so the mean is taken before numbers become wide.
-        center = y.mean(1, keepdim=True) if shrinking < 1 and y.shape[1] else None
         x, y = x.to(dtype), y.to(dtype)
         y_norms = norms(y)
-        if center is None:
+        if shrinking >= 1 or not y.shape[1]:
             return cls(x, y, norms(x), y_norms)
-        center = center.to(dtype)
+        center = y.mean(1, keepdim=True)
         # On a CPU, where looking costs nothing and a copy does: points that lie around the origin
         # stay as they are.
         near = norms(center) <= y_norms.mean(1, keepdim=True).mul_(shrinking)
