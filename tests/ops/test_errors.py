@@ -295,3 +295,21 @@ def test_forward_mode_names_the_backend_that_can(name, argument, fused, device):
     after = OPERATIONS[name](*points, backend="dense")
     after = after[0] if isinstance(after, tuple) else after
     torch.testing.assert_close(moved, (after - plain) / step, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_range_ends_where_it_says(dtype, contiguous):
+    """One value decides, however many others there are; the sum of their squares does not."""
+    limit = (torch.finfo(dtype).max / (16 * 40)) ** 0.5
+    y = torch.zeros(1, 30, 40, dtype=dtype)
+    for value in (0.999 * limit, -0.999 * limit):
+        x = torch.full((1, 30, 40), value, dtype=dtype)
+        x = x if contiguous else x.mT.contiguous().mT
+        assert ops.nearest(x, y)[0].isfinite().all()
+        for bad, message in ((1.01, "magnitudes"), (float("nan"), "NaN"), (float("inf"), "NaN")):
+            wrong = x * 0
+            wrong[0, 7, 3] = bad * value
+            for points in ((wrong, y), (y, wrong)):
+                with pytest.raises(ValueError, match=message):
+                    ops.nearest(*points)

@@ -43,6 +43,8 @@ def cases(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         )
     if kind == "far away":
         x, y = x + 1000, y + 1000
+    if kind == "further":
+        x, y = x + 1e5, y + 1e5
     if kind == "nearly on a sphere":  # distances agree in the digits that a key has
         x, y = 1e-4 * x, torch.nn.functional.normalize(y, dim=-1)
     if kind == "duplicates":
@@ -57,21 +59,31 @@ def cases(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("k", [5, 20, 31])
 @pytest.mark.parametrize(
-    "kind", ["normal", "clusters", "far away", "nearly on a sphere", "duplicates", "huge", "tiny"]
+    "kind",
+    [
+        "normal",
+        "clusters",
+        "far away",
+        "further",
+        "nearly on a sphere",
+        "duplicates",
+        "huge",
+        "tiny",
+    ],
 )
 def test_neighbors_by_the_network_are_exact(kind, k, exclude_self, monkeypatch):
-    ranked, used = search._Search._ranked, []
+    rank, used = search._Search._rank, []
 
-    def spy(self, scores):
-        used.append(self.network)
-        return ranked(self, scores)
+    def spy(self, scores, *others):  # a second time where points had to be centered
+        used.append(self.centered)
+        return rank(self, scores, *others)
 
-    monkeypatch.setattr(search._Search, "_ranked", spy)
+    monkeypatch.setattr(search._Search, "_rank", spy)
     x, y = cases(kind)
     x = y if exclude_self else x
     distance, index = ops.knn(x, y, k, exclude_self=exclude_self, backend="tiled")
-    assert used
-    assert all(used)
+    assert used[:1] == [False]
+    assert len(used) == (2 if kind == "further" else 1)
     exact = (x.double().unsqueeze(2) - y.double().unsqueeze(1)).square().sum(-1)
     if exclude_self:
         exact.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -80,3 +92,26 @@ def test_neighbors_by_the_network_are_exact(kind, k, exclude_self, monkeypatch):
     )
     torch.testing.assert_close(exact.gather(-1, index), distance.double(), rtol=1e-6, atol=1e-44)
     assert (index.sort(-1).values.diff() > 0).all()  # none twice
+
+
+def test_more_neighbors_than_a_network_sorts(monkeypatch):
+    """So many that keys would often agree: they are sorted by their scores."""
+    monkeypatch.setattr(search, "smallest", None)
+    x, y = cases("duplicates")
+    distance, index = ops.knn(x, y, 103, backend="tiled")
+    exact = (x.double().unsqueeze(2) - y.double().unsqueeze(1)).square().sum(-1)
+    torch.testing.assert_close(
+        distance.double(), exact.sort(-1).values[..., :103], rtol=1e-6, atol=0
+    )
+    assert torch.equal(index[0], ops.knn(x, y, 103, backend="dense")[1][0])
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_distances_that_float32_does_not_tell_apart_come_by_index(k):
+    """Also the last one that is taken, and the first that is not."""
+    y = torch.eye(24).repeat(1, 2, 1) * 5
+    y[0, :3] = torch.eye(24)[0]
+    y[0, :3, 1] = torch.tensor([2.0, 1.0, 0.0]) * 2.0**-14  # their squares are lost beside 1
+    distance, index = ops.knn(torch.zeros(1, 1, 24), y, k, backend="tiled")
+    assert index[0, 0, :3].tolist() == [0, 1, 2][:k]
+    assert distance[0, 0, :3].tolist() == [1.0, 1.0, 1.0][:k]

@@ -62,11 +62,12 @@ class Points:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, dtype: torch.dtype, shrinking: float = 0.25) -> Points:
-        """Subtract the mean of y from both, if the squares shrink by such a share."""
+        """Subtract the mean of y from both, if the squares shrink by such a share (1: never)."""
         x, y = x.to(dtype), y.to(dtype)
-        if not y.shape[1]:
-            return cls(x, y, norms(x), norms(y))
-        center, y_norms = y.mean(1, keepdim=True), norms(y)
+        y_norms = norms(y)
+        if shrinking >= 1 or not y.shape[1]:
+            return cls(x, y, norms(x), y_norms)
+        center = y.mean(1, keepdim=True)
         # On a CPU, where looking costs nothing and a copy does: points that lie around the origin
         # stay as they are.
         near = norms(center) <= y_norms.mean(1, keepdim=True).mul_(shrinking)

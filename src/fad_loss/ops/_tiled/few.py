@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.tiles import DIRECT_CHANNELS, score_error
 
@@ -24,41 +23,40 @@ DOUBTFUL = 1 << 20
 REACH, ROUNDING = 1.25, 2.0**-16
 
 
-def fits(y: Tensor) -> bool:
-    """Whether there are few enough columns, of enough channels for a product."""
-    return y.device.type == "cpu" and y.shape[1] <= FEW_COLUMNS and y.shape[2] > DIRECT_CHANNELS
+def nearest_of_few(x: Tensor, y: Tensor, distance: Tensor, index: Tensor) -> bool:
+    """Fill squared distances and indices, (b, n, 1), or say that another way is better.
 
-
-def nearest_of_few(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Squared distances and indices, (b, n), or None if too many rows are in doubt.
-
-    Of (b, n, C) and (b, m, C), m at least 1. Of equal distances the lowest index is taken.
+    Of (b, n, C) and (b, m, C). Of equal distances the lowest index is taken.
     """
-    x, y = (t.to(accumulation_dtype(t.dtype)) for t in (x, y))
     (clouds, rows, channels), size = x.shape, y.shape[1]
-    x_norms, y_norms = torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
-    scores = torch.baddbmm(y_norms.unsqueeze(1), x, y.mT, alpha=-2)
+    if x.device.type != "cpu" or size > FEW_COLUMNS or channels <= DIRECT_CHANNELS:
+        return False
+    x, y = x.to(distance.dtype), y.to(distance.dtype)
+    y_norms = torch.linalg.vecdot(y, y).unsqueeze(1)
+    scores = torch.baddbmm(y_norms, x, y.mT, alpha=-2)
     least = scores.amin(-1)
-    # Twice the error of a score. Products of tiny numbers underflow: an error of its own.
-    slack = x_norms.add_(y_norms.amax(1, keepdim=True))
-    slack.mul_(2 * score_error(channels) * rounding_unit(x)).add_(torch.finfo(x.dtype).tiny)
-    reach = least.add(slack, alpha=REACH)
-    weights = torch.sub(reach.unsqueeze(-1), scores).clamp_(min=0).view(-1, size)
-    columns = torch.arange(size)
-    total = weights.sum(-1)
-    index = weights.mv(columns.to(x.dtype)).div_(total).round_().nan_to_num_(0.0).long()
-    own = reach.sub_(least).view(-1).mul_(1 + ROUNDING)
-    doubtful = (total <= own).logical_not_().nonzero().squeeze(-1)
-    if len(doubtful) * size * channels > DOUBTFUL:
-        return None
+    # Beyond twice the error of a score. Products of tiny numbers underflow: an error of its own.
+    share = REACH * 2 * score_error(channels) * rounding_unit(x)
+    largest = y_norms.amax(-1).add_(REACH * torch.finfo(x.dtype).tiny / share)
+    reach = least.add(torch.linalg.vecdot(x, x).add_(largest), alpha=share)
+    weights = torch.sub(reach.unsqueeze(-1), scores, out=scores).clamp_(min=0).view(-1, size)
+    total, own = weights.sum(-1), reach.sub_(least).view(-1)
+    columns = torch.arange(size, dtype=x.dtype)
+    # Rounded to the next column. No number, if not even the points are numbers, is none.
+    mean = torch.addcdiv(columns.new_full((), 0.5), weights.mv(columns), total)
+    index.view(-1).copy_(mean.nan_to_num_(0.0))
     points, queries = y.reshape(-1, channels), x.reshape(-1, channels)
-    first = torch.arange(0, clouds * size, size).unsqueeze(-1)
-    chosen = (index.view(clouds, rows) + first).view(-1)
-    distance = points.index_select(0, chosen).sub_(queries).square_().sum(-1)
-    if len(doubtful):
-        others = y[doubtful // rows] - queries[doubtful].unsqueeze(1)
-        exact = others.square_().sum(-1)
-        nearest = exact.amin(-1, keepdim=True)
-        distance[doubtful] = nearest.squeeze(-1).nan_to_num_(torch.inf)
-        index[doubtful] = torch.where(exact == nearest, columns, size - 1).amin(-1)
-    return distance.view(clouds, rows), index.view(clouds, rows)
+    first = torch.arange(0, clouds * size, size).view(-1, 1, 1)
+    chosen = points.index_select(0, (index + first).view(-1))
+    torch.sum(chosen.sub_(queries).square_(), -1, out=distance.view(-1))
+    certain = total <= own.mul_(1 + ROUNDING)
+    if not certain.all():
+        doubtful = certain.logical_not_().nonzero().squeeze(-1)
+        if len(doubtful) * size * channels > DOUBTFUL:
+            return False
+        exact = (y[doubtful // rows] - queries[doubtful].unsqueeze(1)).square_().sum(-1)
+        nearest = exact.amin(-1, keepdim=True).nan_to_num_(torch.inf, torch.inf)
+        lowest = torch.where(exact == nearest, torch.arange(size), size - 1).amin(-1)
+        distance.view(-1)[doubtful] = nearest.squeeze(-1)
+        index.view(-1)[doubtful] = lowest.masked_fill_(nearest.squeeze(-1) == torch.inf, -1)
+    return True

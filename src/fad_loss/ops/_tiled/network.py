@@ -41,8 +41,7 @@ def _sort(groups: Tensor, memory: Tensor) -> None:
         _compare(blocks[:, :sorted_already], blocks[:, sorted_already:], memory)
         step = sorted_already // 2
         while step:
-            inner = blocks[:, step : pair - step]
-            inner = torch.unflatten(inner, 1, (-1, 2, step))
+            inner = blocks[:, step : pair - step].view(len(blocks), -1, 2, step, n)
             _compare(inner[:, :, 0], inner[:, :, 1], memory)
             step //= 2
         sorted_already = pair
@@ -51,7 +50,7 @@ def _sort(groups: Tensor, memory: Tensor) -> None:
 def _merge(groups: Tensor, memory: Tensor) -> Tensor:
     """Of every two sorted groups, the lower half, sorted."""
     size, n = groups.shape[1:]
-    pairs = torch.unflatten(groups, 0, (-1, 2))
+    pairs = groups.view(-1, 2, size, n)
     # Ascending against descending: the minima are the lower half, first rising, then falling.
     lower = torch.minimum(pairs[:, 0], pairs[:, 1].flip(1))
     step = size // 2

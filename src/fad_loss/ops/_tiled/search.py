@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from fad_loss.ops._dense import accumulation_dtype
 from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.distances import Points
-from fad_loss.ops._tiled.few import fits, nearest_of_few
+from fad_loss.ops._tiled.few import nearest_of_few
 from fad_loss.ops._tiled.network import smallest
 from fad_loss.ops._tiled.tiles import (
     DIRECT_CHANNELS,
@@ -51,6 +51,9 @@ COLUMNS_PER_NEIGHBOR = 32
 # Keys have 23 bits for the leading digits of a score and its column. While k^2 times the number of
 # columns is below this, few rows have two that agree in what is left.
 LONGEST_NETWORK = 1 << 20
+# A network's points are centered only where float64 does not resolve more distances of a row than
+# this: few are those of points that coincide, more of points far from the origin.
+FAR = 2
 # Elements of the candidates whose distances are computed at once on a CPU: they stay in the cache.
 EXACT_TILE = 1 << 17
 
@@ -65,20 +68,18 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest points of y for each of x, ascending: distance and index, (..., k)."""
     shape = (*x.shape[:-1], k)
-    distance = x.new_full(shape, torch.inf, dtype=accumulation_dtype(x.dtype))
-    index = torch.full(shape, -1, dtype=torch.int64, device=x.device)
+    distance = x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+    index = x.new_empty(shape, dtype=torch.int64)
     buffers = _Buffers()
-    tile = _tile_size(x)
-    for group in groups(x, y, x_offsets, y_offsets, tile):
-        if group.of_x(x).shape[1] and group.of_y(y).shape[1]:
-            if k == 1 and not exclude_self and fits(group.of_y(y)):
-                found = nearest_of_few(group.of_x(x), group.of_y(y))
-                if found is not None:
-                    group.of_x(distance)[..., 0], group.of_x(index)[..., 0] = found
-                    continue
-            search = _Search(group.of_x(x), group.of_y(y), k, exclude_self, buffers)
-            search.run(group.of_x(distance), group.of_x(index))
-    return distance, index.masked_fill_(distance == torch.inf, -1)
+    for group in groups(x, y, x_offsets, y_offsets, _tile_size(x)):
+        points = group.of_x(x), group.of_y(y)
+        found = group.of_x(distance), group.of_x(index)
+        if not (points[0].shape[1] and points[1].shape[1]):
+            found[0].fill_(torch.inf)
+            found[1].fill_(-1)
+        elif k > 1 or exclude_self or not nearest_of_few(*points, *found):
+            _Search(*points, k, exclude_self, buffers).run(*found)
+    return distance, index
 
 
 class _Buffers:
@@ -120,28 +121,34 @@ class _Search:
         self.looks = x.device.type == "cpu"
         few = 1 < k < self.size <= COLUMNS_PER_NEIGHBOR * k
         self.wide = few and self.looks and not self.direct and dtype == torch.float32
-        multiplied = torch.float64 if self.wide else dtype
         unit = 2.0**-53 if self.wide else rounding_unit(self.x)
         self.error = score_error(channels) * unit
-        # Points are added to fill the last fold; their score is infinite.
         self.width = 1 << self.k.bit_length()  # k and the one that follows
         self.network = self.wide and self.k**2 * self.size < LONGEST_NETWORK
-        filling = -self.size % (self.width if self.network else FOLD)
+        # Points are added to fill the last fold; their score is infinite.
+        self.filling = -self.size % (self.width if self.network else FOLD)
         if self.direct:
-            self.left, self.right = self.x, pad(self.y, (0, 0, 0, filling), value=torch.inf)
-            return
+            self.left = self.x
+            self.right = pad(self.y, (0, 0, 0, self.filling), value=torch.inf)
+        else:
+            self._prepare(center=not self.network)
+
+    def _prepare(self, *, center: bool) -> None:
+        """What is multiplied, norms, and twice the error of a score."""
+        dtype = torch.float64 if self.wide else self.x.dtype
+        self.centered = center
         # Uncentered points, where norms would shrink by less than nine tenths, cost some rows that
         # have to be looked at again; centering costs copies of all of them.
-        points = Points.of(self.x, self.y, multiplied, shrinking=0.9)
+        points = Points.of(self.x, self.y, dtype, shrinking=0.9 if center else 1)
         self.left, self.right = points.x, points.y
         self.norms, self.bias = points.x_norms, points.y_norms
-        # Twice the error of a score: what lies further than this behind cannot come first. Products
-        # of tiny numbers underflow: an error that does not shrink with them.
+        # What lies further than this behind cannot come first. Products of tiny numbers underflow:
+        # an error that does not shrink with them.
         self.slack = self.norms + self.bias.amax(1, keepdim=True)
-        self.slack.mul_(2 * self.error).add_(torch.finfo(dtype).tiny)
-        if filling:
-            self.right = pad(self.right, (0, 0, 0, filling))
-            self.bias = pad(self.bias, (0, filling), value=torch.inf)
+        self.slack.mul_(2 * self.error).add_(torch.finfo(self.x.dtype).tiny)
+        if self.filling:
+            self.right = pad(self.right, (0, 0, 0, self.filling))
+            self.bias = pad(self.bias, (0, self.filling), value=torch.inf)
 
     def run(self, distance: Tensor, index: Tensor) -> None:
         """Fill the results, (b, n, k)."""
@@ -186,52 +193,80 @@ class _Search:
         Distances are rounded to float32. Those that the error of a score could change by more are
         recomputed; where two neighbors could change places, all of the row is.
         """
-        score, order = self._ranked(scores)
-        norms, slack = self.norms[:, rows, None], self.slack[:, rows, None]
-        exact = (score + norms).clamp_(min=0)
-        d = exact.to(distance.dtype)
-        limit = score[..., -2] + slack[..., 0]
-        doubtful = (score.diff(dim=-1) <= slack) | (d[..., 1:] <= d[..., :-1])
-        doubtful &= score[..., :-1] < torch.inf  # a point's own comes last, and is none
-        distance[:, rows], index[:, rows] = d[..., :-1], order[..., :-1]
-        cloud, row, place = (exact[..., :-1] * 2.0**-23 <= slack).nonzero(as_tuple=True)
+        if self.network:
+            settled = self._rank(scores, rows, distance, index)
+            cloud, row = settled.logical_not_().nonzero(as_tuple=True)
+        else:
+            every = torch.ones(scores.shape[:2], dtype=torch.bool)
+            cloud, row = every.nonzero(as_tuple=True)
         if len(cloud):
-            at = order[cloud, row, place]
-            difference = self.x[:, rows][cloud, row] - self.y[cloud, at.clamp(max=self.size - 1)]
-            distance[:, rows][cloud, row, place] = difference.square_().sum(-1)
-        cloud, row = doubtful.any(-1).nonzero(as_tuple=True)
-        if len(row):
-            score, bound = scores[cloud, row, : self.size], limit[cloud, row].unsqueeze(-1)
-            possible = (score <= bound) & (score < torch.inf)
-            self._resolve(cloud, row + rows.start, possible, distance, index)
+            self._sort(scores[cloud, row], cloud, row + rows.start, distance, index)
 
-    def _ranked(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The k smallest of each row and a bound of the others, (b, r, k + 1), and their columns.
+    def _rank(self, scores: Tensor, rows: slice, distance: Tensor, index: Tensor) -> Tensor:
+        """Take the k smallest scores of each row, by a network; and say which rows are settled.
 
         What is compared is how far a score lies above the row's smallest, as float32, whose bits
-        ascend as the numbers do; the last of them make room for the column.
+        ascend as the numbers do; the last of them make room for the column. Neighbors come first
+        here, (k + 1, b, r), and a row after the other in memory.
         """
-        if not self.network:
-            return scores.topk(self.k + 1, dim=-1, largest=False, sorted=True)
-        columns = torch.arange(scores.shape[-1], dtype=torch.int32)
-        places = (1 << len(columns).bit_length()) - 1
-        least = scores.amin(-1, keepdim=True)
-        above = self.buffers.take("keys", (len(columns), *scores.shape[:2]), self.x)
-        torch.sub(scores.permute(2, 0, 1), least.permute(2, 0, 1), out=above)
+        clouds, count, size = scores.shape
+        columns = torch.arange(size, dtype=torch.int32)
+        places = (1 << size.bit_length()) - 1
+        least = scores.amin(-1)
+        above = self.buffers.take("keys", (size, clouds, count), self.x)
+        torch.sub(scores.permute(2, 0, 1), least, out=above)
         keys = above.view(torch.int32).bitwise_and_(~places).bitwise_or_(columns[:, None, None])
-        found = smallest(keys.flatten(1), self.width)[: self.k + 1]
-        keys = found.view(-1, *scores.shape[:2]).permute(1, 2, 0).contiguous()
-        order = (keys & places).long()
-        digits = keys & ~places
-        score = scores.gather(-1, order)
+        keys = smallest(keys.flatten(1), self.width)[: self.k + 1].view(-1, clouds, count)
+        order = keys & places
+        # Scores are in memory column by column, (b, m, r).
+        starts = torch.arange(0, scores.numel(), size * count, dtype=torch.int32)[:, None]
+        at = torch.add(starts + torch.arange(count, dtype=torch.int32), order, alpha=count)
+        score = scores.mT.reshape(-1).index_select(0, at.view(-1)).view(keys.shape)
         # Whatever follows has the digits of the one that was found, or larger ones.
-        edge = digits[..., -1:].contiguous().view(torch.float32)
-        score[..., -1:] = least + edge * (1 - 2.0**-23)
-        cloud, row = (digits[..., 1:] == digits[..., :-1]).any(-1).nonzero(as_tuple=True)
-        if len(cloud):
-            best = scores[cloud, row].topk(self.k + 1, dim=-1, largest=False, sorted=True)
-            score[cloud, row], order[cloud, row] = best
-        return score, order
+        edge = (keys[-1] & ~places).view(torch.float32)
+        torch.add(least, edge, alpha=1 - 2.0**-23, out=score[-1])
+        slack = self.slack[:, rows]
+        exact = score.add_(self.norms[:, rows]).clamp_(min=0)
+        d = exact.to(distance.dtype)
+        # Transposing is fast between matrices of one dtype.
+        for result, found in ((distance, d), (index, order)):
+            result[:, rows] = found[:-1].flatten(1).t().contiguous().view(clouds, count, -1)
+        if (exact[0] * 2.0**-23 <= slack).any():
+            place, cloud, row = (exact[:-1] * 2.0**-23 <= slack).nonzero(as_tuple=True)
+            if not self.centered and len(place) > FAR * clouds * count:
+                norms = self.norms
+                self._prepare(center=True)
+                if not torch.equal(self.norms, norms):  # in the memory of the old scores
+                    return self._rank(self._scores(rows), rows, distance, index)
+            self._renew(cloud, row + rows.start, place, distance, index)
+        # By more than the slack, and than twice what rounding to float32 takes off a difference.
+        return (d[1:] * (1 - 2.0**-21)).sub_(d[:-1]).amin(0) > slack
+
+    def _sort(
+        self, scores: Tensor, cloud: Tensor, row: Tensor, distance: Tensor, index: Tensor
+    ) -> None:
+        """Take the k smallest scores (r, m) of a few rows, and look again where they are close."""
+        score, order = scores.topk(self.k + 1, dim=-1, largest=False, sorted=True)
+        norms, slack = self.norms[cloud, row, None], self.slack[cloud, row, None]
+        exact = (score + norms).clamp_(min=0)
+        d = exact.to(distance.dtype)
+        distance[cloud, row], index[cloud, row] = d[:, :-1], order[:, :-1]
+        near, place = (exact[:, :-1] * 2.0**-23 <= slack).nonzero(as_tuple=True)
+        if len(near):
+            self._renew(cloud[near], row[near], place, distance, index)
+        doubtful = ((score.diff() <= slack) | (d[:, 1:] <= d[:, :-1])).any(-1)
+        if doubtful.any():
+            # What is no further once rounded may have a lower index.
+            limit = (score + exact * 2.0**-22 + slack)[doubtful, -2, None]
+            possible = scores[doubtful, : self.size] <= limit
+            self._resolve(cloud[doubtful], row[doubtful], possible, distance, index)
+
+    def _renew(
+        self, cloud: Tensor, row: Tensor, place: Tensor, distance: Tensor, index: Tensor
+    ) -> None:
+        """Recompute distances from differences."""
+        difference = self.x[cloud, row] - self.y[cloud, index[cloud, row, place]]
+        distance[cloud, row, place] = difference.square_().sum(-1)
 
     def _scores(self, rows: slice) -> Tensor:
         """The scores of some rows against all columns (b, r, m), and against the added ones."""
@@ -307,7 +342,7 @@ def _write(d: Tensor, candidates: Tensor, k: int, distance: Tensor, index: Tenso
         d, candidates = d[..., :k], candidates.gather(-1, order)[..., :k]
     stored = min(k, d.shape[-1])
     distance[..., :stored] = d
-    index[..., :stored] = candidates
+    index[..., :stored] = candidates.masked_fill(d == torch.inf, -1)
 
 
 def _smallest(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
