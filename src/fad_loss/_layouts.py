@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +31,7 @@ def layout_of(
     wanted = "features of points, (B, N, C) or (B, C, N), or one per cloud, (B, C)"
     if features.dim() not in {2, 3}:
         raise expected(name, wanted, features, "take a layer behind the pooling over neighbours")
-    clouds = example.shape[0] if isinstance(example, Tensor) and example.dim() == 3 else None
+    clouds = _number_of_clouds(example)
     if clouds is not None and features.shape[0] != clouds:
         remedy = "packed points have to be made ragged first, see capture_features and ragged"
         raise expected(name, f"{wanted} for B = {clouds} clouds", features, remedy)
@@ -48,6 +50,17 @@ def layout_of(
         return fits[0]
     remedy = 'say layout="bnc" or layout="bcn" (or a pair, the student\'s and the teacher\'s)'
     raise expected(name, "one axis for the points of the example", got, remedy)
+
+
+def _number_of_clouds(example: object) -> int | None:
+    """B of ``(B, N, 3)``, of a batch of PyTorch Geometric, or of Pointcept's dictionary."""
+    if isinstance(example, Tensor):
+        return example.shape[0] if example.dim() == 3 else None
+    ends = example.get("offset") if isinstance(example, Mapping) else None
+    if isinstance(ends, Tensor):
+        return len(ends)
+    graphs = getattr(example, "num_graphs", None)
+    return graphs if isinstance(graphs, int) else None
 
 
 def one_more_point(example: object) -> Tensor | None:

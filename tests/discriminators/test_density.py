@@ -297,6 +297,40 @@ def test_points_that_all_coincide_score_zero():
     assert torch.equal(of_student(TeacherDiscriminator(), zero, zero), torch.zeros(1, 3))
 
 
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("condition", [None, "point"])
+def test_a_teacher_cloud_nearly_at_one_place_does_not_outweigh_the_others(spread, condition):
+    """Residual networks make such clouds: one of 16 scored thousands of times the others."""
+    discriminator = TeacherDiscriminator(condition=condition)
+    teacher, student = (cloud(5, 6, 3, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    alive = of_student(discriminator, student, teacher)
+    teacher[1] = 0.5 + spread * teacher[1]
+    student.requires_grad_()
+    scores = of_student(discriminator, student, teacher)
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(scores[others], alive[others])
+    (gradient,) = torch.autograd.grad(scores.sum(), student)
+    pull = gradient.flatten(1).norm(dim=1)
+    assert pull[1] < 40 * pull[others].mean()
+    assert scores[1].abs().mean() < 40 * alive.abs().mean()
+    # Where the sets agree, all scores are still 0.
+    same = of_student(discriminator, teacher.clone(), teacher)
+    torch.testing.assert_close(same, torch.zeros_like(same))
+
+
+def test_the_least_spread_is_that_of_clouds_that_have_one():
+    """Clouds of which only one point counts have no say in the median."""
+    discriminator = TeacherDiscriminator()
+    teacher, student = (cloud(5, 6, 3, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    teacher[:2] *= 0.2
+    wanted = of_student(discriminator, student, teacher)
+    mask = torch.ones(9, 6, dtype=torch.bool)
+    mask[5:, 1:] = False
+    more = [torch.cat([x, cloud(4, 6, 3, dtype=torch.float32)]) for x in (student, teacher)]
+    scores = of_student(discriminator, *more, mask=mask)
+    torch.testing.assert_close(scores[:5], wanted)
+
+
 @pytest.mark.parametrize("place", [0.0, 0.3, 2.0])
 @pytest.mark.parametrize("condition", [None, "point"])
 def test_a_dead_teacher_cloud_does_not_outweigh_the_others(place, condition):

@@ -508,6 +508,39 @@ def test_packed_points_without_clouds_are_refused():
            {"layer": "layer"}, networks=(Packed(), Packed()))  # fmt: skip
 
 
+class Graphs:
+    """As PyTorch Geometric's `Batch`: packed points, and how many clouds they are of."""
+
+    def __init__(self, points, clouds):
+        self.pos, self.num_graphs = points, clouds
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        Graphs(torch.randn(21, 3), 3),
+        {"pos": torch.randn(21, 3), "offset": torch.tensor([5, 12, 21])},
+    ],
+    ids=["graphs", "offset"],
+)
+def test_packed_points_are_not_taken_for_one_feature_per_cloud(example):
+    class Packed(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.layer, self.pool = nn.Linear(3, width), nn.Identity()
+
+        def forward(self, batch):
+            points = self.layer(batch["pos"] if isinstance(batch, dict) else batch.pos)
+            return self.pool(points[:3])
+
+    networks = Packed(4), Packed(6)
+    with pytest.raises(ValueError, match=r"for B = 3 clouds, got float32 of shape \(21, 4\)"):
+        Distiller(*networks, {"layer": "layer"}, example=example)
+    distiller = Distiller(*networks, {"pool": "pool"}, example=example)
+    distiller(example)[1].backward()
+    assert distiller.student.layer.weight.grad.abs().sum() > 0
+
+
 def test_positions_that_nobody_uses_are_refused():
     student, teacher = both(DGCNN)
     layers = {"conv5": ("conv5", "point"), "linear2": "linear2"}

@@ -19,6 +19,8 @@ from fad_loss.ops.kernels import Energy, Kernel, _positive
 
 _MODES = {"log_ratio": False, "witness": True}
 _NARROW, _NARROW_AND_WIDE = (0.1,), (0.3, 1.0, 3.0)
+# A cloud counts as spread by at least this share of the batch's median.
+_LEAST_SPREAD = 0.1
 
 
 class TeacherDiscriminator(Discriminator):
@@ -39,6 +41,10 @@ class TeacherDiscriminator(Discriminator):
     counts in its own set's density. So where the student's set is the teacher's, all scores and
     gradients are 0, and a point far from both is pulled towards the teacher's. There are no
     parameters, so it never trails behind the student.
+
+    A network may put all points of some clouds at nearly one place. The mean squared distance of a
+    cloud therefore counts as at least a tenth of the median of the batch's clouds: scores and
+    gradients grow with its inverse, and a few such clouds would outweigh all others.
 
     If the game knows where the points lie, the densities are joint ones of feature and position,
     both bandwidths being m times the cloud's own mean squared distance, of features and of
@@ -265,9 +271,10 @@ def _embedding(embedding: nn.Module | int | None, channels: int | None) -> nn.Mo
 def _units(teacher: Points, values: Tensor) -> Callable[[Points, Tensor], Tensor]:
     """What puts values per point into units of the teacher's cloud: its mean and its spread's root.
 
-    The spread is the mean squared distance between its points, twice the variance summed over C.
-    Points that coincide but for rounding have none; their squared distance from the origin stands
-    in, or 1: a cloud without spread must not outweigh all others.
+    The spread is the mean squared distance between its points, twice the variance summed over C,
+    but at least a tenth of the median of the batch's clouds. Points that coincide but for rounding
+    have none; their squared distance from the origin stands in, or 1. A cloud of little or no
+    spread must not outweigh all others.
     """
     wide = values.detach()
     wide = wide if wide.dtype == torch.float64 else wide.float()
@@ -275,7 +282,12 @@ def _units(teacher: Points, values: Tensor) -> Callable[[Points, Tensor], Tensor
     norms = (wide - teacher.spread(center)).square().sum(-1)
     spread, offset = 2 * teacher.mean(norms), center.square().sum(-1)
     stand_in = torch.where(offset > 0, offset, 1.0)
-    scale = torch.where(spread > 1e-10 * offset, spread, stand_in).rsqrt().unsqueeze(-1)
+    known = spread > 1e-10 * offset
+    # Their median; torch.nanmedian would stop a GPU.
+    ordered = torch.where(known, spread, torch.inf).sort().values
+    median = ordered.gather(0, (known.sum(0, keepdim=True) - 1).clamp_min(0) // 2)
+    least = _LEAST_SPREAD * median
+    scale = torch.where(known, spread.clamp_min(least), stand_in).rsqrt().unsqueeze(-1)
 
     def to_units(points: Points, values: Tensor) -> Tensor:
         here, factor = points.spread(center), points.spread(scale)
