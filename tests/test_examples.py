@@ -342,7 +342,7 @@ def test_weights_are_those_of_the_study_unless_given():
     )
     assert weights("head+last", weights={"last": 3.0})["last"] == 3.0
     assert weights("fad", discriminator="match")["fad"] < 1
-    assert weights("fad", discriminator="paired", balance=True) == {"fad": 1.0}
+    assert weights("fad", discriminator="paired", balance=True) == {"fad": 0.3}
     assert weights("fad+kd", weights={"fad": 2.0}) == {"fad": 2.0, "kd": best["kd"]}
     assert weights("logit+mse", weights={"mse": 0.5}) == {"logit": best["logit"], "mse": 0.5}
     assert weights("fad", weights={"fad": 0.0}) == {"fad": 0.0}

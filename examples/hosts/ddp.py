@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import toy
 from fad_loss import FeatureAdversarialLoss  # fad_loss
 
-SHARE = {"balance": True, "weight": 0.3, "warmup_steps": 100}  # fad_loss
+SHARE = {"discriminator": "paired", "balance": True, "warmup_steps": 100}  # fad_loss
 
 
 class Guided(nn.Module):

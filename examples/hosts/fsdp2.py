@@ -22,7 +22,7 @@ import toy
 from fad_loss import Distiller  # fad_loss
 
 LAYERS = {"encoder": "encoder"}
-SHARE = {"balance": True, "weight": 0.3, "warmup_steps": 100}  # fad_loss
+SHARE = {"balance": True, "warmup_steps": 100}  # fad_loss
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
 

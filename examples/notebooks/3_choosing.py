@@ -151,7 +151,7 @@ candidates = {
     "two layers": {"encoder.1": "encoder.1", "encoder": "encoder"},
 }
 for name, layers in candidates.items():
-    students(name, layers, balance=True, weight=0.3)
+    students(name, layers, balance=True)
 
 # %% [markdown]
 # Two seeds each: the sixth notebook says how to compare in earnest.

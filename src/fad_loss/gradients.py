@@ -67,6 +67,9 @@ class GradientBalance(nn.Module):
         tensor(10.)
     """
 
+    default_weight = 0.3
+    """Of a loss that uses it: the share of the task's pull that it pulls with itself."""
+
     task: Tensor
     own: Tensor
     measured: Tensor

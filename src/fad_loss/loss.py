@@ -68,7 +68,7 @@ class FeatureAdversarialLoss(WideBuffers):
             `fad_loss.objectives.Objective`.
         weight: multiplies the gradient on its way to the student's features, and nothing else: the
             value that is returned, and the pace at which the adapter learns, do not depend on it.
-            None takes the discriminator's `default_weight`, or 1 with ``balance=True``.
+            None takes the discriminator's `default_weight`, or 0.3 with ``balance=True``.
         balance: make `weight` a share: the student's term pulls at the student's features `weight`
             times as strongly as all other losses do (see `fad_loss.gradients.GradientBalance`),
             where otherwise that depends on the network and the task. The gradients' norms are
@@ -162,7 +162,7 @@ class FeatureAdversarialLoss(WideBuffers):
         self.adapter = entrance.make_adapter(adapter, student_channels, teacher_channels)
         self.discriminator = entrance.make_discriminator(discriminator, teacher_channels)
         if weight is None:
-            weight = 1.0 if balance else self.discriminator.default_weight
+            weight = (self.balance or self.discriminator).default_weight
         self.weight = amount("weight", weight)
         self.max_points = entrance.limit_of_points(max_points, self.discriminator)
         entrance.check_regularisers(

@@ -15,7 +15,7 @@ from fad_loss.gradients import GradientBalance
 def problem(seed=0, **options):
     torch.manual_seed(seed)
     encoder = nn.Linear(3, 4)
-    fad = FeatureAdversarialLoss(4, 6, balance=True, **{"warmup_steps": 0, **options})
+    fad = FeatureAdversarialLoss(4, 6, balance=True, **{"weight": 1, "warmup_steps": 0, **options})
     points, teacher = torch.randn(5, 12, 3), torch.randn(5, 12, 6)
     return encoder, fad, points, teacher
 

@@ -300,7 +300,7 @@ def test_without_a_weight_the_discriminators_own_is_taken(discriminator, expecte
     assert weight() == expected
     assert weight(weight=0.0) == 0.0
     assert weight(weight=2) == 2.0
-    assert weight(balance=True) == 1.0
+    assert weight(balance=True) == 0.3
 
 
 def test_the_weight_of_a_head_is_its_own():
