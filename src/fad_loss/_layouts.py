@@ -91,9 +91,9 @@ def follow_points(features: Tensor, again: object, layout: str, order: Tensor) -
     if layout not in LAYOUTS or not isinstance(again, Tensor) or again.shape != features.shape:
         return False
     axis = 1 + LAYOUTS[layout]
-    if features.shape[axis] != len(order):
+    if features.shape[axis] != len(order) or not features.is_floating_point():
         return False
-    near = 1e-3 * features.abs().amax()
+    near = max(1e-3, 8 * torch.finfo(features.dtype).eps) * features.abs().amax()
 
     def unchanged(one: Tensor) -> Tensor:
         return ((again - one).abs().amax(3 - axis) <= near).double().mean()

@@ -84,6 +84,14 @@ def test_paired_where_positions_are_named():
     assert not paired(other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype):
+    layers, points = {"second": "second"}, clouds().to(dtype)
+    distiller = Distiller(Tuples(4).to(dtype), Tuples(6).to(dtype), layers, example=points)
+    (fad,) = distiller.losses.values()
+    assert paired(fad.discriminator)
+
+
 def test_each_pair_of_layers_has_its_own():
     layers = {"sa1[1]": "sa1[1]", "pool": "pool"}
     of_points, of_clouds = made(PointNet2, PointNet2, layers, layout="bcn")
