@@ -111,6 +111,13 @@ def test_the_student_with_the_loss_is_not_behind(script, tmp_path):
     assert means["student with the loss"] >= means["student alone"] - 2
 
 
+def checkpoints(folder):
+    """The files with weights that a script has left so far."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".pt", ".ckpt"} or path.name == "model.safetensors":
+            yield path.relative_to(folder)
+
+
 def weights(folder):
     """Every tensor of every checkpoint that the script left, by file and key."""
     found = {}
@@ -125,13 +132,13 @@ def weights(folder):
             for key, one in enumerate(value):
                 collect(f"{name}/{key}", one)
 
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in {".pt", ".ckpt"}:
-            collect(str(path.relative_to(folder)), torch.load(path, weights_only=False))
-        elif path.name == "model.safetensors":
+    for path in checkpoints(folder):
+        if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            collect(str(path.relative_to(folder)), load_file(path))
+            collect(str(path), load_file(folder / path))
+        else:
+            collect(str(path), torch.load(folder / path, weights_only=False))
     return found
 
 
@@ -154,8 +161,8 @@ def test_killed_and_resumed_it_ends_in_the_same_weights(script, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    # Somewhere in the training of the student with the loss, whose checkpoints are called so.
-    while begun.poll() is None and not [*broken.glob("with-0*")]:
+    # Somewhere in the training of the student with the loss, with a checkpoint to go on from.
+    while begun.poll() is None and not any("with-0" in str(path) for path in checkpoints(broken)):
         time.sleep(0.01)
     time.sleep(2 * random.random())
     os.killpg(begun.pid, signal.SIGKILL)

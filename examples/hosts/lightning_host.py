@@ -36,9 +36,13 @@ class Classifier(lightning.LightningModule):
         """The batches of this epoch."""
         return DataLoader([*toy.batches(self.data, self.current_epoch, size=16)], batch_size=None)
 
-    def on_train_epoch_start(self) -> None:
-        """A seed of its own for every epoch, so that a run can be continued."""
-        torch.manual_seed(self.current_epoch)
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:  # noqa: ARG002
+        """A seed of its own for every epoch, so that a run can be continued.
+
+        Not when the epoch starts: a run that goes on makes its loader, which draws, after that.
+        """
+        if batch_idx == 0:
+            torch.manual_seed(self.current_epoch)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """One loss, whichever of the two it is."""
