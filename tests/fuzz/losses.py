@@ -36,12 +36,16 @@ def teacher(data) -> None:
     m = data.draw(st.sampled_from([0.1, 0.3, 1.0, 3.0]))
     game = Game.of(problem.given(problem.x, 0), problem.given(problem.y, 1))
     scores = TeacherDiscriminator(bandwidths=[m]).scores(game)
-    for rows, columns, batch in problem.clouds:
-        s, t = problem.x[batch][rows].double(), problem.y[batch][columns].double()
-        center = t.mean(0)
-        spread = 2 * (t - center).square().sum(-1).mean()
-        if spread <= 1e-6 * center.square().sum():
+    spreads = []
+    for _, columns, batch in problem.clouds:
+        t = problem.y[batch][columns].double()
+        spreads.append(2 * (t - t.mean(0)).square().sum(-1).mean())
+        if spreads[-1] <= 1e-6 * t.mean(0).square().sum():
             return  # without spread its stand-in decides
+    least = 0.1 * torch.stack(spreads).median()
+    for (rows, columns, batch), own in zip(problem.clouds, spreads, strict=True):
+        s, t = problem.x[batch][rows].double(), problem.y[batch][columns].double()
+        center, spread = t.mean(0), own.clamp_min(least)
         s, t = ((p - center) / spread.sqrt() for p in (s, t))
         for z, part, given in ((s, rows, scores.student), (t, columns, scores.teacher)):
             true = _density(z, t, m) - _density(z, s, m)
