@@ -106,7 +106,8 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 32, 64, 8, 2, 0, 256),
     ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
-    ("double_backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 0, 64),),
+    # Of 64 rows, 16 columns and 8 warps Triton 3.6 makes wrong products on an H200; not of 32 rows.
+    ("double_backward", "tf32x3"): (Tile(32, 16, 32, 4, 2, 0, 64),),
     ("double_backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
     ("small_reduce", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
     ("small_reduce", "tf32x3"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
