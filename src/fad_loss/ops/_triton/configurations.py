@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from fad_loss.ops._triton.launch import INTERPRETED, launch
-from fad_loss.ops._triton.prepare import DIRECT_CHANNELS, Format, Points, schedule
+from fad_loss.ops._triton.prepare import DIRECT_CHANNELS, Format, Points, resolution, schedule
 from fad_loss.ops._triton.tuning import fastest
 
 # Shares of the columns at most, what each costs in tiles, and from how many rounds of programs on
@@ -77,6 +77,9 @@ class Tile(NamedTuple):
         return self.kept or 0
 
 
+# For rows that are computed anew (`exact.py`), whatever the kernel: a few channels of all pairs are
+# in registers. Interpreted, where the number of tiles costs, as many as there are.
+EXACT = Tile(32, 32, 64, 4, 1, 0) if INTERPRETED else Tile(32, 32, 8, 4, 1, 0)
 # tf32x3 splits every operand in two, so its tiles are smaller.
 TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "direct"): (Tile(64, 32, 16, 8, 2, 0),),
@@ -206,7 +209,7 @@ def format_of(form: Format, channels: int) -> str:
         return "direct"
     if form.storage != torch.float32:
         return "half"
-    return form.precision
+    return "tf32x3" if form.precision == "tf32x3" else "tf32"
 
 
 def smallest_that_holds(
@@ -215,6 +218,11 @@ def smallest_that_holds(
     """The entry with the fewest columns that are enough."""
     tiles = entries(name, format_of(form, channels), capability(device))
     return min((tile for tile in tiles if tile.columns >= columns), key=lambda tile: tile.columns)
+
+
+def flags(rows: Points, shares: int) -> Tensor:
+    """Room for whether each row has a near pair among each share of the columns."""
+    return torch.empty((shares, rows.clouds.total), dtype=torch.int8, device=rows.values.device)
 
 
 Results = TypeVar("Results", dict[str, Tensor], dict[str, Tensor | None])
@@ -230,11 +238,13 @@ def run(
     *,
     slabs: bool = False,
     most: int = MOST_SHARES,
+    exact: dict[str, Any] | None = None,
 ) -> Results:
     """Launch a kernel over all tiles of the rows, slabs of channels, and shares of the columns.
 
     By the best entry. `results` makes room for what a number of shares find, at most `most` of
-    them: tensors whose first axis they are.
+    them: tensors whose first axis they are. `exact`: the arguments with which it computes rows that
+    have near pairs anew; without them it knows of none.
     """
     form, channels = format_of(rows.format, rows.channels), rows.values.shape[1]
     device = rows.values.device
@@ -250,7 +260,17 @@ def run(
         splits = shares(count * parts, walk, processors(device) * max(8 // entry.warps, 1), most)
         _, where = schedule(rows.clouds, columns.clouds, entry.rows, splits)
         found = results(splits)
-        launch(kernel, (count, parts, splits), {**arguments, **where, **found, **tile})
+        everything = {**arguments, **where, **found, **tile}
+        if exact is None:
+            launch(kernel, (count, parts, splits), everything)
+            return found
+        everything |= resolution(rows, columns, exclude_self=arguments["EXCLUDE_SELF"])
+        everything |= {"flags": flags(rows, splits), "EXACT": False, "SHARED": entry.columns}
+        launch(kernel, (count, parts, splits), everything)
+        if not rows.direct:
+            once_more = {**EXACT.arguments(EXACT.channels), "EXACT": True, "num_stages": 1}
+            count, where = schedule(rows.clouds, columns.clouds, EXACT.rows, splits)
+            launch(kernel, (count, 1, splits), {**everything, **where, **exact, **once_more})
         return found
 
     few = rows.clouds.total < tiles[0].rows * processors(device)

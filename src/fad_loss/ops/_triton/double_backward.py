@@ -21,19 +21,29 @@ import triton.language as tl
 
 from fad_loss.ops._triton.backward import (
     multiply,
+    pull_apart,
     store_each,
     store_gradient,
+    store_values,
     zeros_of_channels,
+)
+from fad_loss.ops._triton.exact import (
+    add_pulls,
+    exact_directional,
+    measured,
+    rows_to_do,
+    scale_pulls,
 )
 from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.tiles import (
+    differences,
     hold,
     load_points,
     load_values,
     locate,
     products,
     share,
-    squared_distances,
+    with_own,
 )
 from fad_loss.ops._triton.weights import evaluate, load_each, probability, zeros_each
 
@@ -68,8 +78,15 @@ def directional(
     if DIRECT > 0:
         half = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for channel in tl.static_range(DIRECT):
-            a = load_values(row + channel, rows_left, BLOCK_ROWS, CHANNELS, 0.0)
-            b = load_values(column + channel, columns_left, BLOCK_COLUMNS, CHANNELS, 0.0)
+            difference = differences(
+                row + channel,
+                column + channel,
+                rows_left,
+                columns_left,
+                CHANNELS,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+            )
             move = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             if HAS_ROW:
                 u = load_values(row_moves + channel, rows_left, BLOCK_ROWS, CHANNELS, 0.0)
@@ -77,7 +94,7 @@ def directional(
             if HAS_COLUMN:
                 v = load_values(column_moves + channel, columns_left, BLOCK_COLUMNS, CHANNELS, 0.0)
                 move -= v[None, :]
-            half += (a[:, None] - b[None, :]) * move
+            half = tl.fma(difference, move, half)
     else:
         half = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         if HAS_ROW:
@@ -115,12 +132,32 @@ def directional(
     return 2.0 * half
 
 
+@triton.jit
+def minus_moves(
+    weights,
+    moves,
+    left,
+    totals,
+    DIRECT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Subtract sum_j P_ij v_j from each of DIRECT channels."""
+    new_totals = ()
+    for channel in tl.static_range(DIRECT):
+        v = load_values(moves + channel, left, BLOCK, CHANNELS, 0.0)
+        new_totals = new_totals + (totals[channel] - tl.sum(weights * v[None, :], 1),)
+    return new_totals
+
+
 @triton.jit(do_not_specialize=SIZES)
 def double_backward_kernel(
     row,
     row_norms,
     column,
     column_norms,
+    flags,
+    scale,
     row_moves,
     row_dots,
     column_moves,
@@ -151,12 +188,16 @@ def double_backward_kernel(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    EXACT: tl.constexpr,
+    CLOSE: tl.constexpr,
+    SAME: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     SLAB: tl.constexpr,
     KEPT: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Second-order gradients of the rows' points, and of what else the rows have (`extra`).
 
@@ -180,7 +221,6 @@ def double_backward_kernel(
     )
     begin = row_start + first
     left = rows - first
-    own_number = first + tl.arange(0, BLOCK_ROWS)
     base = row + begin * CHANNELS
     slab = tl.program_id(1) * SLAB
     kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
@@ -201,15 +241,19 @@ def double_backward_kernel(
     extras = zeros_each(VALUES, BLOCK_ROWS)
     sums = tl.zeros((BLOCK_ROWS,), tl.float32)
     delta_sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-    totals = zeros_of_channels(CHANNELS, BLOCK_ROWS, SLAB, KEPT)
-    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    totals = zeros_of_channels(CHANNELS, DIRECT, BLOCK_ROWS, SLAB, KEPT)
+    seen = tl.zeros((), tl.int32)
+    start, end, moved = share(columns, splits, rows_total, SHARED)
+    flags += begin + moved
+    wanted, end = rows_to_do(flags, left, start, end, EXACT, BLOCK_ROWS)
+    flagged = tl.zeros((BLOCK_ROWS,), tl.int32)
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
-        remaining = columns - j
+        remaining = end - j
         column_base = column + at * CHANNELS
         b = load_values(column_norms + at, remaining, BLOCK_COLUMNS, 1, float("inf"))
         tile = hold(column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
-        d = squared_distances(
+        d, near = measured(
             kept,
             tile,
             base,
@@ -218,17 +262,22 @@ def double_backward_kernel(
             b,
             left,
             remaining,
+            first - j,
+            scale,
+            C,
             CHANNELS,
             DIRECT,
+            EXACT,
+            CLOSE,
+            EXCLUDE_SELF,
+            SAME,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
             KEPT,
             PRECISION,
         )
-        if EXCLUDE_SELF:
-            number = j + tl.arange(0, BLOCK_COLUMNS)
-            d = tl.where(own_number[:, None] == number[None, :], float("inf"), d)
+        flagged = tl.maximum(flagged, near)
         if column_moves is not None:
             column_moves_base = column_moves + at * CHANNELS
             tile_moves = hold(
@@ -239,29 +288,43 @@ def double_backward_kernel(
             column_moves_base = column_base
             tile_moves = tile
             other_dots = b
-        delta = directional(
-            kept,
-            kept_moves,
-            tile,
-            tile_moves,
-            base,
-            moves_base,
-            column_base,
-            column_moves_base,
-            dots,
-            other_dots,
-            left,
-            remaining,
-            row_moves is not None,
-            column_moves is not None,
-            CHANNELS,
-            DIRECT,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            BLOCK_CHANNELS,
-            KEPT,
-            PRECISION,
-        )
+        if EXACT:
+            delta = exact_directional(
+                base,
+                column_base,
+                moves_base if row_moves is not None else None,
+                column_moves_base if column_moves is not None else None,
+                left,
+                remaining,
+                C,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+            )
+        else:
+            delta = directional(
+                kept,
+                kept_moves,
+                tile,
+                tile_moves,
+                base,
+                moves_base,
+                column_base,
+                column_moves_base,
+                dots,
+                other_dots,
+                left,
+                remaining,
+                row_moves is not None,
+                column_moves is not None,
+                CHANNELS,
+                DIRECT,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+                KEPT,
+                PRECISION,
+            )
         scales = load_each(column_scale, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
         lesses = load_each(column_less, at, remaining, VALUES, BLOCK_COLUMNS, 0.0)
         if SOFTMIN:
@@ -319,21 +382,69 @@ def double_backward_kernel(
                     change += value * lesses[0][None, :]
             extras = (extras[0] + tl.sum(change, 1),)
         if gradient is not None:
-            totals, part = multiply(
-                of_distance,
-                tile,
-                column_base,
-                remaining,
-                slab,
-                totals,
-                CHANNELS,
-                BLOCK_COLUMNS,
-                SLAB,
-                KEPT,
-                PRECISION,
-            )
-            sums += part
-            if column_moves is not None:
+            if EXACT:
+                add_pulls(
+                    of_distance,
+                    of_delta,
+                    gradient + (begin + moved) * C,
+                    wanted,
+                    seen,
+                    base,
+                    column_base,
+                    moves_base if row_moves is not None else None,
+                    column_moves_base if column_moves is not None else None,
+                    left,
+                    remaining,
+                    C,
+                    BLOCK_ROWS,
+                    BLOCK_COLUMNS,
+                    BLOCK_CHANNELS,
+                )
+                seen += 1
+            elif DIRECT > 0:
+                totals = pull_apart(
+                    of_distance,
+                    base,
+                    column_base,
+                    left,
+                    remaining,
+                    totals,
+                    DIRECT,
+                    CHANNELS,
+                    BLOCK_ROWS,
+                    BLOCK_COLUMNS,
+                )
+            else:
+                if SAME:
+                    of_distance = with_own(of_distance, first - j, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
+                totals, part = multiply(
+                    of_distance,
+                    tile,
+                    column_base,
+                    remaining,
+                    slab,
+                    totals,
+                    CHANNELS,
+                    BLOCK_COLUMNS,
+                    SLAB,
+                    KEPT,
+                    PRECISION,
+                )
+                sums += part
+            if column_moves is None or EXACT:
+                delta_sums += tl.sum(of_delta, 1)
+            elif DIRECT > 0:
+                delta_sums += tl.sum(of_delta, 1)
+                totals = minus_moves(
+                    of_delta,
+                    column_moves_base,
+                    remaining,
+                    totals,
+                    DIRECT,
+                    CHANNELS,
+                    BLOCK_COLUMNS,
+                )
+            else:
                 totals, part = multiply(
                     of_delta,
                     tile_moves,
@@ -348,20 +459,31 @@ def double_backward_kernel(
                     PRECISION,
                 )
                 delta_sums += part
-            else:
-                delta_sums += tl.sum(of_delta, 1)
     if gradient is not None:
-        for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
-            channel = slab + i * SLAB
-            own = load_points(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
-            result = sums[:, None] * own - totals[i]
-            if row_moves is not None:
-                own_moves = load_points(moves_base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
-                result += delta_sums[:, None] * own_moves
-            result *= 2.0
-            if not SOFTMIN and not OF_Y:
-                result *= row_scales[0][:, None]
-            store_gradient(gradient, begin + moved, left, channel, result, C, BLOCK_ROWS, SLAB)
-    if extra is not None:  # noqa: SIM102, because only the first condition is known to the compiler
-        if slab == 0:
-            store_each(extra, begin + moved, left, extras, VALUES, BLOCK_ROWS)
+        target = gradient + (begin + moved) * C
+        factor = tl.full((BLOCK_ROWS,), 2.0, tl.float32)
+        if not SOFTMIN and not OF_Y:
+            factor *= row_scales[0]
+        if EXACT:
+            scale_pulls(target, wanted, seen, factor, C, BLOCK_ROWS, BLOCK_CHANNELS)
+        elif DIRECT > 0:
+            for channel in tl.static_range(DIRECT):
+                pulls = totals[channel]
+                if row_moves is not None:
+                    u = load_values(moves_base + channel, left, BLOCK_ROWS, CHANNELS, 0.0)
+                    pulls += delta_sums * u
+                store_values(target + channel, left, pulls * factor, BLOCK_ROWS, C)
+        else:
+            for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
+                channel = slab + i * SLAB
+                own = load_points(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
+                result = sums[:, None] * own - totals[i]
+                if row_moves is not None:
+                    own_moves = load_points(moves_base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
+                    result += delta_sums[:, None] * own_moves
+                store_gradient(target, left, channel, result * factor[:, None], C, BLOCK_ROWS, SLAB)
+    if slab == 0:
+        if extra is not None:
+            store_each(extra, begin + moved, wanted, extras, VALUES, BLOCK_ROWS)
+        if DIRECT == 0 and not EXACT:
+            tl.store(flags + tl.arange(0, BLOCK_ROWS), flagged.to(tl.int8), wanted)

@@ -17,6 +17,7 @@ from fad_loss.ops._triton.prepare import (
     Points,
     Rounding,
     flat,
+    given,
     prepare,
     prepare_pair,
     sides,
@@ -61,12 +62,16 @@ def backward(
         **sides(rows, columns, row="row", column="column"),
         **dict.fromkeys(("row_shift", "column_shift", "row_scale", "column_scale")),
         **values,
-        "C": rows.channels,
         **settings,
     }
     results = room(rows.norms, gradient, extra)
     slabs = gradient is not None
-    found = run("backward", backward_kernel, rows, columns, arguments, results, slabs=slabs)
+    exact = given(rows, columns, row="row", column="column")
+    found = run(
+        *("backward", backward_kernel, rows, columns, arguments, results),
+        slabs=slabs,
+        exact=exact,
+    )
     return total_of(found, rows.norms)
 
 
@@ -83,16 +88,17 @@ class Moves:
     """Directions in which one side's points move, as the kernels want them; None does not move."""
 
     def __init__(self, points: Points, moves: Tensor | None) -> None:
+        self.given = None if moves is None else flat(moves.float())
         self.values: Tensor | None = None
         self.dots: Tensor | None = None
-        if moves is not None:
+        if self.given is not None:
             form = replace(points.format, center=False, rounding=_ROUNDING[points.format.precision])
-            self.values = prepare(flat(moves.float()), points.clouds, form).values
+            self.values = prepare(self.given, points.clouds, form).values
             self.dots = (points.values * self.values).sum(-1)
 
 
 # Directions are rounded to the multiply's format, like points.
-_ROUNDING: dict[str, Rounding] = {"tf32": "tf32", "tf32x3": ""}
+_ROUNDING: dict[str, Rounding] = {"tf32": "tf32", "tf32x2": "tf32", "tf32x3": ""}
 
 
 def double_backward(
@@ -117,11 +123,17 @@ def double_backward(
         "column_dots": column_moves.dots,
         **{f"{side}_{name}": None for side in ("row", "column") for name in names},
         **values,
-        "C": rows.channels,
         "OF_Y": of_y,
         **settings,
     }
     results = room(rows.norms, gradient, extra)
     kernel, slabs = double_backward_kernel, gradient is not None
-    found = run("double_backward", kernel, rows, columns, arguments, results, slabs=slabs)
+    exact = {
+        **given(rows, columns, row="row", column="column"),
+        "row_moves": row_moves.given,
+        "column_moves": column_moves.given,
+    }
+    found = run(
+        *("double_backward", kernel, rows, columns, arguments, results), slabs=slabs, exact=exact
+    )
     return total_of(found, rows.norms)

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fad_loss.ops._triton import small
 from fad_loss.ops._triton.configurations import added, run
+from fad_loss.ops._triton.exact import measured, rows_to_do
 from fad_loss.ops._triton.gradients import Moves, double_backward, gradients_of
 from fad_loss.ops._triton.launch import SIZES, on_device
-from fad_loss.ops._triton.prepare import prepare_pair, sides
-from fad_loss.ops._triton.tiles import hold, load_values, locate, share, squared_distances
+from fad_loss.ops._triton.prepare import given, prepare_pair, sides
+from fad_loss.ops._triton.tiles import hold, load_values, locate, share
 from fad_loss.ops._triton.weights import evaluate, load_each
 from fad_loss.ops.kernels import Energy, Gaussian, InverseMultiquadric, Kernel
 
@@ -35,6 +36,8 @@ def kernel_sum_kernel(
     x_norms,
     y,
     y_norms,
+    flags,
+    scale,
     weights,
     out,
     row_offsets,
@@ -51,13 +54,18 @@ def kernel_sum_kernel(
     LADDER: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     RAGGED: tl.constexpr,
+    C: tl.constexpr,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    EXACT: tl.constexpr,
+    CLOSE: tl.constexpr,
+    SAME: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     KEPT: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """out[i] = sum_j weights_j k(d_ij)."""
     _, row_start, rows, first, column_start, columns = locate(
@@ -73,18 +81,20 @@ def kernel_sum_kernel(
     )
     begin = row_start + first
     left = rows - first
-    row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
     kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    start, end, moved = share(columns, splits, rows_total, SHARED)
+    flags += begin + moved
+    wanted, end = rows_to_do(flags, left, start, end, EXACT, BLOCK_ROWS)
+    flagged = tl.zeros((BLOCK_ROWS,), tl.int32)
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
         y_base = y + at * CHANNELS
-        b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
-        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
-        d = squared_distances(
+        b = load_values(y_norms + at, end - j, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(y_base, end - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        d, near = measured(
             kept,
             tile,
             x_base,
@@ -92,29 +102,36 @@ def kernel_sum_kernel(
             a,
             b,
             left,
-            columns - j,
+            end - j,
+            first - j,
+            scale,
+            C,
             CHANNELS,
             DIRECT,
+            EXACT,
+            CLOSE,
+            EXCLUDE_SELF,
+            SAME,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
             KEPT,
             PRECISION,
         )
-        if EXCLUDE_SELF:
-            column = j + tl.arange(0, BLOCK_COLUMNS)
-            d = tl.where(row[:, None] == column[None, :], float("inf"), d)
+        flagged = tl.maximum(flagged, near)
         value, _first, _second = evaluate(d, rates, FAMILY, COUNT, LADDER)
         if weights is not None:
-            w = load_each(weights, at, columns - j, 1, BLOCK_COLUMNS, 0.0)
+            w = load_each(weights, at, end - j, 1, BLOCK_COLUMNS, 0.0)
             value *= w[0][None, :]
         total += tl.sum(value, 1)
     point = tl.arange(0, BLOCK_ROWS)
-    tl.store(out + (begin + moved) + point, total, point < left)
+    tl.store(out + (begin + moved) + point, total, wanted)
+    if DIRECT == 0 and not EXACT:
+        tl.store(flags + point, flagged.to(tl.int8), wanted)
 
 
 def family(kernel: Kernel) -> dict[str, Any]:
-    """A kernel as the arguments FAMILY, COUNT, LADDER and rates."""
+    """A kernel as the arguments FAMILY, COUNT, LADDER, rates and scale."""
     rates: Sequence[float] = (0.0,)
     ladder = 0
     if isinstance(kernel, Gaussian):
@@ -127,7 +144,13 @@ def family(kernel: Kernel) -> dict[str, Any]:
         rates = (1.0 / kernel.parameters[0] ** 2,)
     elif not isinstance(kernel, Energy):
         rates = (1.0 / kernel.parameters[0],)
-    return {"FAMILY": kernel.name, "COUNT": len(rates), "LADDER": ladder, "rates": tuple(rates)}
+    return {
+        "FAMILY": kernel.name,
+        "COUNT": len(rates),
+        "LADDER": ladder,
+        "rates": tuple(rates),
+        "scale": kernel.scale,
+    }
 
 
 def kernel_sum(
@@ -153,7 +176,10 @@ def kernel_sum(
         else:
             rows, columns = prepare_pair(x, y, x_offsets, y_offsets)
             arguments = {**sides(rows, columns), "weights": w, **settings}
-            total = run("reduce", kernel_sum_kernel, rows, columns, arguments, results)["out"]
+            total = run(
+                *("reduce", kernel_sum_kernel, rows, columns, arguments, results),
+                exact=given(rows, columns),
+            )["out"]
         return added(total)
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "yes", "on"}
 
 # Numbers that change from call to call and must not compile a kernel anew.
-SIZES = ("rows_each", "columns_each", "clouds", "search_steps", "splits", "rows_total")
+SIZES = (
+    "rows_each",
+    "columns_each",
+    "clouds",
+    "search_steps",
+    "splits",
+    "rows_total",
+    "scale",
+)
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:

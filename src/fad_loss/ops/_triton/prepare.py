@@ -12,7 +12,8 @@ inputs         precision   stored as                  multiplied as
 float32        "highest"   float32                    tf32x3 (error of float32)
 float32        "high"      float32 rounded to tf32    tf32
 float32        "medium"    bfloat16                   bfloat16
-half           any         unchanged                  as they are
+half           any         unchanged                  as they are (tf32x2:
+                                                      by weights in two parts)
 =============  ==========  =========================  ======================
 
 (precision: `torch.get_float32_matmul_precision()`; accumulation is always float32.) Second
@@ -32,6 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fad_loss.ops._precision import float32_matmul_precision
+from fad_loss.ops._tiled.distances import TOLERANCE
+from fad_loss.ops._tiled.tiles import product_error
 from fad_loss.ops._triton.launch import INTERPRETED, SIZES, launch
 from fad_loss.ops._triton.tiles import locate, to_tf32
 
@@ -57,9 +60,11 @@ def multiply_format(dtype: torch.dtype, channels: int, *, wide: bool = False) ->
         # The interpreter multiplies the bit patterns of bfloat16; its values fit float32 as well.
         emulate = INTERPRETED and dtype == torch.bfloat16
         widen = wide or emulate or channels <= DIRECT_CHANNELS
-        return Format(torch.float32 if widen else dtype, "", "tf32", center=False)
+        return Format(torch.float32 if widen else dtype, "", "tf32x2", center=False)
     precision = float32_matmul_precision()
-    if precision == "highest" or channels <= DIRECT_CHANNELS:
+    if channels <= DIRECT_CHANNELS:
+        return Format(dtype, "", "tf32x3", center=False)
+    if precision == "highest":
         return Format(dtype, "", "tf32x3", center=True)
     if precision == "high":
         return Format(dtype, "tf32", "tf32", center=True)
@@ -93,8 +98,12 @@ class Clouds:
 
 @dataclass(frozen=True)
 class Points:
-    """Prepared points: values (T, CHANNELS) and their squared norms (T,), 0 if there is no need."""
+    """Prepared points: values (T, CHANNELS) and their squared norms (T,), 0 if there is no need.
 
+    And the points as they were given, (T, C).
+    """
+
+    given: Tensor
     values: Tensor
     norms: Tensor
     clouds: Clouds
@@ -260,7 +269,7 @@ def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = Non
         "BLOCK_CHANNELS": block,
     }
     launch(prepare_kernel, (tiles,), {**arguments, **where})
-    return Points(values, norms, clouds, channels, form)
+    return Points(x, values, norms, clouds, channels, form)
 
 
 def prepare_pair(
@@ -281,6 +290,11 @@ def prepare_pair(
     return prepare(x, x_clouds, form, center), prepare(y, y_clouds, form, center)
 
 
+def one_set(x: Tensor, y: Tensor) -> bool:
+    """Whether both are the same points in the same memory."""
+    return x.device.type != "meta" and x.is_set_to(y)
+
+
 def flat(t: Tensor) -> Tensor:
     """(B, N, C) or (T, C) as contiguous (T, C)."""
     return t.detach().reshape(-1, t.shape[-1]).contiguous()
@@ -297,3 +311,19 @@ def sides(rows: Points, columns: Points, row: str = "x", column: str = "y") -> d
         "DIRECT": rows.direct,
         "PRECISION": rows.format.precision,
     }
+
+
+def resolution(rows: Points, columns: Points, *, exclude_self: bool) -> dict[str, Any]:
+    """What those kernels have besides that compute near pairs anew (`exact.py`)."""
+    same = one_set(rows.given, columns.given) and not exclude_self and not rows.direct
+    return {"C": rows.channels, "CLOSE": close(rows.channels), "SAME": same}
+
+
+def close(channels: int) -> float:
+    """The share of |x|^2 + |y|^2 below which a pair is near (`exact.py`)."""
+    return product_error(channels) / TOLERANCE
+
+
+def given(rows: Points, columns: Points, row: str = "x", column: str = "y") -> dict[str, Any]:
+    """The arguments in place of those of `sides` with which a kernel is EXACT."""
+    return {row: rows.given, column: columns.given, "CHANNELS": rows.channels}

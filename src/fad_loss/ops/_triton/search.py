@@ -102,7 +102,6 @@ def scan_kernel(
     )
     begin = row_start + first
     left = rows - first
-    row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
     kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
@@ -123,17 +122,16 @@ def scan_kernel(
             b,
             left,
             columns - j,
+            first - j,
             CHANNELS,
             DIRECT,
+            EXCLUDE_SELF,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
             KEPT,
             PRECISION,
         )
-        if EXCLUDE_SELF:
-            column = j + tl.arange(0, BLOCK_COLUMNS)
-            d = tl.where(row[:, None] == column[None, :], float("inf"), d)
         better = d < best
         best = tl.where(better, d, best)
         where = tl.where(better, j, where)
@@ -187,7 +185,6 @@ def shortlist_kernel(
     )
     begin = row_start + first
     left = rows - first
-    row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
     kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
@@ -211,8 +208,10 @@ def shortlist_kernel(
             b,
             left,
             columns - j,
+            first - j,
             CHANNELS,
             DIRECT,
+            EXCLUDE_SELF,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
@@ -220,8 +219,6 @@ def shortlist_kernel(
             PRECISION,
         )
         column = j + tl.arange(0, BLOCK_COLUMNS)
-        if EXCLUDE_SELF:
-            d = tl.where(row[:, None] == column[None, :], float("inf"), d)
         # Neither infinity nor NaN is anyone's neighbor.
         keys = tl.where(d < float("inf"), packed(d, column[None, :]), _LAST)
         top = tl.max(keys, 1)

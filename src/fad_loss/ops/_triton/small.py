@@ -22,18 +22,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fad_loss.ops._triton.backward import store_each, store_gradient
+from fad_loss.ops._triton.backward import store_each, store_gradient, store_values
 from fad_loss.ops._triton.configurations import smallest_that_holds
+from fad_loss.ops._triton.exact import exact_distances, exact_pulls, near_rows
 from fad_loss.ops._triton.launch import SIZES, launch
 from fad_loss.ops._triton.prepare import (
     DIRECT_CHANNELS,
     Clouds,
+    close,
     flat,
     multiply_format,
+    one_set,
     padded,
     schedule,
 )
-from fad_loss.ops._triton.tiles import locate, rounded, squared_distances, to_tf32
+from fad_loss.ops._triton.tiles import (
+    differences,
+    dot,
+    locate,
+    parts,
+    squared_distances,
+    to_tf32,
+    with_own,
+)
 from fad_loss.ops._triton.weights import (
     LOG2_E,
     evaluate,
@@ -48,6 +59,8 @@ from fad_loss.ops._triton.weights import (
 
 # The most columns of a tile.
 LARGEST = 128
+# Channels of all pairs of a tile that are in registers together.
+FEW = tl.constexpr(2)
 _STORAGE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -94,9 +107,14 @@ def distances(
     y,
     rows,
     columns,
+    first,
+    scale,
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    CLOSE: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    SAME: tl.constexpr,
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
     STORAGE: tl.constexpr,
@@ -105,7 +123,10 @@ def distances(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """d_ij of a tile; +inf after the last column."""
+    """d_ij of a tile, and whether a pair is near (0 or 1): then all are from differences.
+
+    +inf after the last column, and, EXCLUDE_SELF, for a point and itself.
+    """
     a = tl.zeros((BLOCK_ROWS,), tl.float32)
     b = tl.where(tl.arange(0, BLOCK_COLUMNS) < columns, 0.0, float("inf"))
     if DIRECT > 0:
@@ -118,14 +139,17 @@ def distances(
             b,
             rows,
             columns,
+            first,
             C,
             DIRECT,
+            EXCLUDE_SELF,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
             0,
             PRECISION,
         )
+        some = 0
     else:
         s = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
         for channel in range(0, CHANNELS, BLOCK_CHANNELS):
@@ -143,14 +167,23 @@ def distances(
                 BLOCK_COLUMNS,
                 BLOCK_CHANNELS,
             )
-            s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION)
+            s = dot(left, tl.trans(right), s, PRECISION)
             left = left.to(tl.float32)
             right = right.to(tl.float32)
             a += tl.sum(left * left, 1)
             b += tl.sum(right * right, 1)
         d = (a[:, None] + b[None, :]) - 2.0 * s
         d = tl.maximum(d, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return d
+        if EXCLUDE_SELF or SAME:
+            d = with_own(d, first, float("inf"), BLOCK_ROWS, BLOCK_COLUMNS)
+        some = tl.max(near_rows(d, a, b, scale, CLOSE), 0)
+        if some > 0:
+            d = exact_distances(x, y, rows, columns, C, BLOCK_ROWS, BLOCK_COLUMNS, FEW)
+            if EXCLUDE_SELF:
+                d = with_own(d, first, float("inf"), BLOCK_ROWS, BLOCK_COLUMNS)
+        elif SAME:
+            d = with_own(d, first, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
+    return d, some
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -168,6 +201,7 @@ def small_reduce_kernel(
     clouds,
     search_steps,
     rates,
+    scale,
     FAMILY: tl.constexpr,
     COUNT: tl.constexpr,
     LADDER: tl.constexpr,
@@ -176,6 +210,8 @@ def small_reduce_kernel(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    CLOSE: tl.constexpr,
+    SAME: tl.constexpr,
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
     STORAGE: tl.constexpr,
@@ -198,14 +234,19 @@ def small_reduce_kernel(
     )
     begin = row_start + first
     left = rows - first
-    d = distances(
+    d, _some = distances(
         x + begin * C,
         y + column_start * C,
         left,
         columns,
+        first,
+        scale,
         C,
         CHANNELS,
         DIRECT,
+        CLOSE,
+        EXCLUDE_SELF,
+        SAME,
         CENTER,
         ROUNDING,
         STORAGE,
@@ -215,9 +256,6 @@ def small_reduce_kernel(
         BLOCK_CHANNELS,
     )
     point = tl.arange(0, BLOCK_ROWS)
-    if EXCLUDE_SELF:
-        column = tl.arange(0, BLOCK_COLUMNS)
-        d = tl.where((first + point)[:, None] == column[None, :], float("inf"), d)
     SOFTMIN: tl.constexpr = FAMILY == "softmin"
     VALUES: tl.constexpr = COUNT if SOFTMIN else 1
     h = load_each(column_values, column_start, columns, VALUES, BLOCK_COLUMNS, 0.0)
@@ -261,6 +299,7 @@ def small_backward_kernel(
     clouds,
     search_steps,
     rates,
+    scale,
     FAMILY: tl.constexpr,
     COUNT: tl.constexpr,
     LADDER: tl.constexpr,
@@ -269,6 +308,8 @@ def small_backward_kernel(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    CLOSE: tl.constexpr,
+    SAME: tl.constexpr,
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
     STORAGE: tl.constexpr,
@@ -293,14 +334,19 @@ def small_backward_kernel(
     left = rows - first
     x = row + begin * C
     y = column + column_start * C
-    d = distances(
+    d, some = distances(
         x,
         y,
         left,
         columns,
+        first,
+        scale,
         C,
         CHANNELS,
         DIRECT,
+        CLOSE,
+        EXCLUDE_SELF,
+        SAME,
         CENTER,
         ROUNDING,
         STORAGE,
@@ -309,10 +355,6 @@ def small_backward_kernel(
         BLOCK_COLUMNS,
         BLOCK_CHANNELS,
     )
-    if EXCLUDE_SELF:
-        own_number = first + tl.arange(0, BLOCK_ROWS)
-        number = tl.arange(0, BLOCK_COLUMNS)
-        d = tl.where(own_number[:, None] == number[None, :], float("inf"), d)
     SOFTMIN: tl.constexpr = FAMILY == "softmin"
     VALUES: tl.constexpr = COUNT if SOFTMIN else 1
     row_scales = load_each(row_scale, begin, left, VALUES, BLOCK_ROWS, 0.0)
@@ -334,9 +376,30 @@ def small_backward_kernel(
         extra is not None,
     )
     if extra is not None:
-        store_each(extra, begin, left, extras, VALUES, BLOCK_ROWS)
-    if gradient is not None:
-        for channel in range(0, CHANNELS, BLOCK_CHANNELS):
+        store_each(extra, begin, tl.arange(0, BLOCK_ROWS) < left, extras, VALUES, BLOCK_ROWS)
+    factor = tl.full((BLOCK_ROWS,), 2.0, tl.float32)
+    if not SOFTMIN and row_scale is not None:
+        factor *= row_scales[0]
+    target = gradient + begin * C if gradient is not None else None
+    if gradient is not None and DIRECT > 0:
+        for channel in tl.static_range(DIRECT):
+            difference = differences(
+                x + channel, y + channel, left, columns, C, BLOCK_ROWS, BLOCK_COLUMNS
+            )
+            pulls = tl.sum(weights * difference, 1)
+            store_values(target + channel, left, pulls * factor, BLOCK_ROWS, C)
+    elif gradient is not None:
+        if SAME:
+            weights = with_own(weights, first, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
+        # As many rounds of one loop as the other has none.
+        few_end = tl.where(some > 0, C, 0)
+        for channel in range(0, few_end, FEW):
+            result = exact_pulls(
+                weights, x, y, left, columns, channel, C, BLOCK_ROWS, BLOCK_COLUMNS, FEW
+            )
+            store_gradient(target, left, channel, result * factor[:, None], C, BLOCK_ROWS, FEW)
+        end = tl.where(some > 0, 0, CHANNELS)
+        for channel in range(0, end, BLOCK_CHANNELS):
             own, points = centered(
                 x,
                 y,
@@ -354,13 +417,14 @@ def small_backward_kernel(
             if points.dtype == tl.float16:
                 # The range of weights is wider than that of float16; tf32 holds both.
                 points = points.to(tl.float32)
-            multiplied = rounded(weights, points, PRECISION)
-            total = tl.dot(multiplied, points, input_precision=PRECISION)
-            sums = tl.sum(multiplied.to(tl.float32), 1)
-            result = 2.0 * (sums[:, None] * own.to(tl.float32) - total)
-            if not SOFTMIN and row_scale is not None:
-                result *= row_scales[0][:, None]
-            store_gradient(gradient, begin, left, channel, result, C, BLOCK_ROWS, BLOCK_CHANNELS)
+            pieces = parts(weights, points, PRECISION)
+            total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+            sums = tl.zeros((BLOCK_ROWS,), tl.float32)
+            for part in tl.static_range(len(pieces)):
+                total = dot(pieces[part], points, total, PRECISION)
+                sums += tl.sum(pieces[part].to(tl.float32), 1)
+            result = (sums[:, None] * own.to(tl.float32) - total) * factor[:, None]
+            store_gradient(target, left, channel, result, C, BLOCK_ROWS, BLOCK_CHANNELS)
 
 
 def are_small(x: Tensor, y: Tensor, x_offsets: Tensor | None) -> bool:
@@ -378,6 +442,8 @@ def _run(name: str, kernel: Any, x: Tensor, y: Tensor, arguments: dict[str, Any]
         "C": channels,
         "CHANNELS": padded(channels),
         "DIRECT": channels if channels <= DIRECT_CHANNELS else 0,
+        "CLOSE": close(channels),
+        "SAME": one_set(x, y) and not arguments["EXCLUDE_SELF"] and channels > DIRECT_CHANNELS,
         "CENTER": form.center,
         "ROUNDING": form.rounding,
         "STORAGE": _STORAGE[form.storage],

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from fad_loss.ops._triton import small
 from fad_loss.ops._triton.configurations import run
+from fad_loss.ops._triton.exact import measured, rows_to_do
 from fad_loss.ops._triton.gradients import Moves, double_backward, gradients_of
 from fad_loss.ops._triton.launch import SIZES, launch, on_device
-from fad_loss.ops._triton.prepare import prepare_pair, sides
-from fad_loss.ops._triton.tiles import hold, load_values, locate, share, squared_distances
+from fad_loss.ops._triton.prepare import given, prepare_pair, sides
+from fad_loss.ops._triton.tiles import hold, load_values, locate, share
 from fad_loss.ops._triton.weights import LOG2_E, exponential, load_each, smooth_minimum
 
 # ruff: noqa: RUF005, SIM108, because kernels cannot unpack tuples, nor choose in an expression
@@ -45,6 +46,8 @@ def softmin_kernel(
     x_norms,
     y,
     y_norms,
+    flags,
+    scale,
     bias,
     out,
     least,
@@ -61,13 +64,18 @@ def softmin_kernel(
     COUNT: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     RAGGED: tl.constexpr,
+    C: tl.constexpr,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    EXACT: tl.constexpr,
+    CLOSE: tl.constexpr,
+    SAME: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     KEPT: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """out[i, e] = -log(sum_j exp((h_je - d_ij) rate_e)) / rate_e, and its two parts.
 
@@ -87,7 +95,6 @@ def softmin_kernel(
     )
     begin = row_start + first
     left = rows - first
-    row = first + tl.arange(0, BLOCK_ROWS)
     x_base = x + begin * CHANNELS
     kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
@@ -96,13 +103,16 @@ def softmin_kernel(
     for _ in tl.static_range(COUNT):
         smallest = smallest + (tl.full((BLOCK_ROWS,), float("inf"), tl.float32),)
         sums = sums + (tl.zeros((BLOCK_ROWS,), tl.float32),)
-    start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
+    start, end, moved = share(columns, splits, rows_total, SHARED)
+    flags += begin + moved
+    wanted, end = rows_to_do(flags, left, start, end, EXACT, BLOCK_ROWS)
+    flagged = tl.zeros((BLOCK_ROWS,), tl.int32)
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
         y_base = y + at * CHANNELS
-        b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
-        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
-        d = squared_distances(
+        b = load_values(y_norms + at, end - j, BLOCK_COLUMNS, 1, float("inf"))
+        tile = hold(y_base, end - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        d, near = measured(
             kept,
             tile,
             x_base,
@@ -110,19 +120,24 @@ def softmin_kernel(
             a,
             b,
             left,
-            columns - j,
+            end - j,
+            first - j,
+            scale,
+            C,
             CHANNELS,
             DIRECT,
+            EXACT,
+            CLOSE,
+            EXCLUDE_SELF,
+            SAME,
             BLOCK_ROWS,
             BLOCK_COLUMNS,
             BLOCK_CHANNELS,
             KEPT,
             PRECISION,
         )
-        if EXCLUDE_SELF:
-            column = j + tl.arange(0, BLOCK_COLUMNS)
-            d = tl.where(row[:, None] == column[None, :], float("inf"), d)
-        h = load_each(bias, at, columns - j, COUNT, BLOCK_COLUMNS, 0.0)
+        flagged = tl.maximum(flagged, near)
+        h = load_each(bias, at, end - j, COUNT, BLOCK_COLUMNS, 0.0)
         new_smallest = ()
         new_sums = ()
         for e in tl.static_range(COUNT):
@@ -136,16 +151,18 @@ def softmin_kernel(
             safe = tl.where(new == float("inf"), 0.0, new)
             part = tl.sum(exponential(shifted, safe[:, None], rate), 1)
             new_smallest = new_smallest + (new,)
-            new_sums = new_sums + (sums[e] * tl.exp2(safe * rate - smallest[e] * rate) + part,)
+            new_sums = new_sums + (sums[e] * tl.exp2((safe - smallest[e]) * rate) + part,)
         smallest = new_smallest
         sums = new_sums
     point = tl.arange(0, BLOCK_ROWS)
     for e in tl.static_range(COUNT):
         target = (begin + moved) * COUNT + (point * COUNT + e)
-        tl.store(least + target, smallest[e], point < left)
-        tl.store(total + target, sums[e], point < left)
+        tl.store(least + target, smallest[e], wanted)
+        tl.store(total + target, sums[e], wanted)
         result = smooth_minimum(smallest[e], sums[e], rates[e] * LOG2_E)
-        tl.store(out + target, result, point < left)
+        tl.store(out + target, result, wanted)
+    if DIRECT == 0 and not EXACT:
+        tl.store(flags + point, flagged.to(tl.int8), wanted)
 
 
 @triton.jit(do_not_specialize=["splits", "rows_total"])
@@ -176,7 +193,7 @@ def merge_kernel(
         for s in range(splits):
             own = tl.load(leasts + (at + s * step), inside, 0.0)
             part = tl.load(totals + (at + s * step), inside, 0.0)
-            sums += part * tl.exp2(safe * rate - own * rate)
+            sums += part * tl.exp2((safe - own) * rate)
         tl.store(least + at, smallest, inside)
         tl.store(total + at, sums, inside)
         tl.store(out + at, smooth_minimum(smallest, sums, rate), inside)
@@ -219,9 +236,13 @@ def softmin(
                 **sides(rows, columns),
                 "bias": h,
                 **temperatures(epsilon),
+                "scale": min(epsilon),
                 "EXCLUDE_SELF": exclude_self,
             }
-            found = run("reduce", softmin_kernel, rows, columns, arguments, results)
+            found = run(
+                *("reduce", softmin_kernel, rows, columns, arguments, results),
+                exact=given(rows, columns),
+            )
             if len(found["least"]) > 1:
                 found = merged(found, results(1), epsilon)
     return found["out"][0], found["least"][0], found["total"][0]
@@ -269,7 +290,7 @@ def temperatures(epsilon: Sequence[float]) -> dict[str, Any]:
 def settings_of(epsilon: Sequence[float], *, exclude_self: bool) -> dict[str, Any]:
     """softmin, to the kernels that know other reductions too."""
     of_softmin = {"FAMILY": "softmin", "LADDER": 0, "EXCLUDE_SELF": exclude_self}
-    return {**of_softmin, **temperatures(epsilon)}
+    return {**of_softmin, **temperatures(epsilon), "scale": min(epsilon)}
 
 
 def softmin_backward(

@@ -145,13 +145,36 @@ def products(
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     if CHANNELS <= KEPT:
         for i in tl.static_range(CHANNELS // BLOCK_CHANNELS):
-            total = tl.dot(rows[i], tl.trans(columns[i]), total, input_precision=PRECISION)
+            total = dot(rows[i], tl.trans(columns[i]), total, PRECISION)
     else:
         for channel in range(0, CHANNELS, BLOCK_CHANNELS):
             left = load_points(x, rows_left, channel, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
             right = load_points(y, columns_left, channel, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS)
-            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+            total = dot(left, tl.trans(right), total, PRECISION)
     return total
+
+
+@triton.jit
+def with_own(values, apart, own, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """A tile with a number for a point and itself; row 0 is `apart` points after column 0."""
+    rows = apart + tl.arange(0, BLOCK_ROWS)
+    return tl.where(rows[:, None] == tl.arange(0, BLOCK_COLUMNS)[None, :], own, values)
+
+
+@triton.jit
+def differences(
+    x,
+    y,
+    rows_left,
+    columns_left,
+    STRIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """x_i - y_j of a tile in one channel, in float32."""
+    a = load_values(x, rows_left, BLOCK_ROWS, STRIDE, 0.0).to(tl.float32)
+    b = load_values(y, columns_left, BLOCK_COLUMNS, STRIDE, 0.0).to(tl.float32)
+    return a[:, None] - b[None, :]
 
 
 @triton.jit
@@ -164,8 +187,10 @@ def squared_distances(
     y_norms,
     rows_left,
     columns_left,
+    apart,
     CHANNELS: tl.constexpr,
     DIRECT: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -174,16 +199,23 @@ def squared_distances(
 ):
     """d_ij of a tile; +inf after the last column. `y_norms` is +inf there, and 0 when DIRECT.
 
-    DIRECT, the number of channels if there are few, sums differences: nothing cancels. Otherwise
-    |x|^2 + |y|^2 - 2 xy, clamped at 0 without hiding NaN.
+    Also, EXCLUDE_SELF, for a point and itself (`with_own`). DIRECT, the number of channels if
+    there are few, sums differences: nothing cancels. Otherwise |x|^2 + |y|^2 - 2 xy, clamped at 0
+    without hiding NaN.
     """
     if DIRECT > 0:
         d = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32) + y_norms[None, :]
         for channel in tl.static_range(DIRECT):
-            a = load_values(x + channel, rows_left, BLOCK_ROWS, CHANNELS, 0.0)
-            b = load_values(y + channel, columns_left, BLOCK_COLUMNS, CHANNELS, 0.0)
-            difference = a[:, None] - b[None, :]
-            d += difference * difference
+            difference = differences(
+                x + channel,
+                y + channel,
+                rows_left,
+                columns_left,
+                CHANNELS,
+                BLOCK_ROWS,
+                BLOCK_COLUMNS,
+            )
+            d = tl.fma(difference, difference, d)
     else:
         s = products(
             kept,
@@ -201,6 +233,8 @@ def squared_distances(
         )
         d = (x_norms[:, None] + y_norms[None, :]) - 2.0 * s
         d = tl.maximum(d, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if EXCLUDE_SELF:
+        d = with_own(d, apart, float("inf"), BLOCK_ROWS, BLOCK_COLUMNS)
     return d
 
 
@@ -216,12 +250,28 @@ def to_tf32(v):
 
 
 @triton.jit
-def rounded(weights, like, PRECISION: tl.constexpr):
-    """A weight tile as it will be multiplied, so that its sums can use the very same numbers."""
+def parts(weights, like, PRECISION: tl.constexpr):
+    """A weight tile as the numbers that are multiplied, one after another.
+
+    Beside points of half precision they are two, whose sum has twice the digits of one: rounded
+    once, they would cost as much accuracy again as the result's own dtype does.
+    """
     if like.dtype == tl.bfloat16:
-        result = weights.to(tl.bfloat16)
+        high = weights.to(tl.bfloat16)
+        result = (high, (weights - high.to(tl.float32)).to(tl.bfloat16))
     elif PRECISION == "tf32x3":
-        result = weights
+        result = (weights,)
     else:
-        result = to_tf32(weights)
+        high = to_tf32(weights)
+        result = (high, to_tf32(weights - high)) if PRECISION == "tf32x2" else (high,)
     return result
+
+
+@triton.jit
+def dot(left, right, total, PRECISION: tl.constexpr):
+    """Total + left @ right. What "tf32x2" is multiplied with has been split (`parts`)."""
+    if PRECISION == "tf32x2":
+        total = tl.dot(left, right, total, input_precision="tf32")
+    else:
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total

@@ -87,8 +87,14 @@ def zeros_each(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def exponential(shifted, least, rate):
-    """2**((least - shifted) rate), the same to the last bit wherever it is computed."""
-    return tl.exp2(tl.fma(shifted, -rate, least * rate))
+    """2**((least - shifted) rate), at most 1.
+
+    Not as a difference of products, of which a compiler may round one and not the other: least is
+    many times larger than what is left of it. Nor can it be more than 1, but for the rounding of a
+    distance that another tile computed.
+    """
+    above = tl.minimum((least - shifted) * rate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(above)
 
 
 @triton.jit
