@@ -1,0 +1,422 @@
+"""Rows that differ in nothing but the loss, over seeds, on one device, within so many seconds.
+
+    python examples/study paired sampled --data modelnet40.npz --output results --limit 400
+    python examples/study verdicts --output results
+
+Every finished run is a line of JSON in OUTPUT/SETTING.jsonl as soon as it is there, and is not run
+again by the next call with the same folder. Runs go on from the last epoch that was finished: their
+checkpoints are in `--state`, and, packed, in OUTPUT/unfinished.zip, so that OUTPUT is all that has
+to be kept between two calls, or carried to another machine.
+
+Exit status: 0 if all is done, 1 if a run failed, 3 if there is more to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from study import verdicts
+
+HERE = Path(__file__).resolve().parent
+Line = dict[str, Any]
+# While the teacher trains, no student but "alone" can; and few of those, for all wait for it.
+BESIDE = 2
+# Seconds between two looks at the checkpoints of what runs, and that the end of a call needs.
+KEEP, CLOSE = 20, 5
+UNFINISHED = "unfinished.zip"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is distilled, and how long, where the command says nothing else.
+
+    Attributes:
+        sampled: whether the networks sample, see `study.ordered`; else they are PointNets.
+        rows: of `study.rows`, the most important first.
+        teacher: a checkpoint that is there; else one is trained, in `teacher_epochs`.
+    """
+
+    sampled: bool
+    epochs: int
+    batch_size: int
+    seeds: int
+    rows: tuple[str, ...]
+    teacher: Path | None = None
+    teacher_epochs: int = 0
+
+
+SETTINGS = {
+    "sampled": Setting(
+        True, 10, 32, 6, ("alone", "fad", "fad-positions", "squared", "fitnet", "kd"),
+        teacher_epochs=20,
+    ),
+    # Larger batches, so that a GPU sees more epochs in the same time.
+    "pointnet": Setting(
+        False, 60, 64, 6, ("alone", "fad-two", "squared-two", "kd"),
+        teacher=HERE / "teachers" / "pointnet.pt",
+    ),
+}  # fmt: skip
+COMMANDS = {
+    "paired": "train students that differ in nothing but the loss",
+    "verdicts": "what their lines say",
+    "worker": "a process of `paired`, which starts it",
+}
+# For a look at whether everything works: generated shapes, on any machine.
+TINY = {
+    "points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40, "compress": 40.0,
+}  # fmt: skip
+
+
+class Worker:
+    """A process that trains one student after the other."""
+
+    def __init__(self, plan: Any, log: Path) -> None:
+        command = [sys.executable, str(HERE), "worker", json.dumps(asdict(plan))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("a", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def ask(self, task: Line) -> Line | None:
+        """What comes of a run; None if the process is gone."""
+        try:
+            self.process.stdin.write(json.dumps(task) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except (OSError, ValueError):
+            return None
+        return json.loads(answer) if answer.endswith("\n") else None
+
+    def stop(self) -> None:
+        """End the process, whatever it does: its checkpoints are whole."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Fleet:
+    """The runs of a setting, dealt out to workers until all are done or time is up."""
+
+    def __init__(self, plan: Any, tasks: list[Line], known: list[Line], deadline: float) -> None:
+        self.plan, self.waiting, self.deadline = plan, tasks, deadline
+        self.running: list[Line] = []
+        self.failed: list[Line] = []
+        self.total = len(tasks)
+        self.changed = threading.Condition()
+        self.stopped = False
+        self.output: Path
+        self.seconds: dict[str, list[float]] = {}
+        for line in known:
+            self.seconds.setdefault(line["row"], []).append(line["seconds"])
+        self.taught = not any(task["row"] == "teacher" for task in tasks)
+
+    def take(self) -> Line | None:
+        """The next run that can start, waiting for one if need be; None if there is none."""
+        with self.changed:
+            while not self.stopped:
+                task = next(filter(self._ready, self.waiting), None)
+                if task is not None:
+                    self.waiting.remove(task)
+                    self.running.append(task)
+                    return task
+                # What waits for the teacher will be ready, what does not fit will not.
+                if self.taught or not any(task["row"] == "teacher" for task in self.running):
+                    return None
+                self.changed.wait(1)
+        return None
+
+    def _ready(self, task: Line) -> bool:
+        if task["row"] == "teacher":
+            return True
+        if not self.taught and (task["row"] != "alone" or len(self.running) > BESIDE):
+            return False
+        return time.monotonic() + self._estimate(task) <= self.deadline
+
+    def _estimate(self, task: Line) -> float:
+        """How long a run will take, from those of its row, less what it has done already."""
+        known = self.seconds.get(task["row"])
+        if not known:
+            return 0.0
+        log = next(self.plan.folder(**task).glob("student-*.jsonl"), None)
+        done = len(log.read_text(encoding="utf-8").splitlines()) if log else 0
+        return statistics.median(known) * (1 - done / self.plan.epochs)
+
+    def work(self, worker: Worker) -> None:
+        """Keep a worker busy."""
+        while (task := self.take()) is not None:
+            line = worker.ask(task)
+            with self.changed:
+                if line is None and not self.stopped:
+                    line = {**task, "error": "the process ended; see its log"}
+                if line is not None:
+                    self.running.remove(task)
+                    self._finish(task, line)
+                self.changed.notify_all()
+            if line is None or worker.process.poll() is not None:
+                return
+
+    def _finish(self, task: Line, line: Line) -> None:
+        name = f"{self.plan.setting} {task['row']} seed {task['seed']}"
+        if "error" in line:
+            self.failed.append(task)
+            print(f"{name}: failed: {line['error']}", flush=True)
+            return
+        append(self.output / f"{self.plan.setting}.jsonl", line)
+        shutil.rmtree(self.plan.folder(**task), ignore_errors=True)
+        self.seconds.setdefault(task["row"], []).append(line["seconds"])
+        self.taught |= task["row"] == "teacher"
+        left = len(self.waiting) + len(self.running)
+        print(
+            f"{name}: {100 * line['accuracy']:.2f} % in {line['seconds']:.0f} s, {left} left",
+            flush=True,
+        )
+
+    def run(self, workers: list[Worker], keep: Any) -> None:
+        """Until all is done, or until the deadline; `keep` is called every now and then."""
+        threads = [threading.Thread(target=self.work, args=(one,), daemon=True) for one in workers]
+        try:
+            for thread in threads:
+                thread.start()
+            kept = time.monotonic()
+            while any(t.is_alive() for t in threads) and time.monotonic() < self.deadline:
+                time.sleep(0.1)
+                if time.monotonic() - kept > KEEP:
+                    keep()
+                    kept = time.monotonic()
+        finally:
+            with self.changed:
+                self.stopped = True
+                self.changed.notify_all()
+            for worker in workers:
+                worker.stop()
+            for thread in threads:
+                thread.join()
+            keep()
+
+
+def append(path: Path, line: Line) -> None:
+    """Write a line such that it is there even if the machine goes away now."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def pack(state: Path, file: Path) -> None:
+    """The checkpoints of unfinished runs in one file; none if there are none."""
+    from distill.storage import write  # noqa: PLC0415  # it needs torch
+
+    found = [path for path in sorted(state.glob("*/*")) if not path.name.startswith(".")]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as parts:
+        for path in found:
+            # A run may have been finished, and its folder removed, just now.
+            with contextlib.suppress(FileNotFoundError):
+                parts.writestr(path.relative_to(state).as_posix(), path.read_bytes())
+    if buffer.tell() and parts.namelist():
+        write(file, buffer.getvalue())
+    else:
+        file.unlink(missing_ok=True)
+
+
+def unpack(file: Path, state: Path) -> None:
+    """What another machine did not finish; what is here already has come as far, or further."""
+    if not file.exists():
+        return
+    with zipfile.ZipFile(file) as parts:
+        folders = {name.partition("/")[0] for name in parts.namelist()}
+        here = {folder for folder in folders if (state / folder).exists()}
+        parts.extractall(
+            state, [name for name in parts.namelist() if name.partition("/")[0] not in here]
+        )
+
+
+def add_commands(commands: Any) -> None:
+    """What `study.main` takes beside its own."""
+    for name, explanation in COMMANDS.items():
+        parser = commands.add_parser(
+            name,
+            help=explanation,
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name == "worker":
+            parser.add_argument("plan")
+        elif name == "paired":
+            add_options(parser)
+        else:
+            add_output(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run one of `COMMANDS`."""
+    if options.command == "worker":
+        from study.worker import serve  # noqa: PLC0415  # the report needs no torch
+
+        return serve(options.plan)
+    return run(options) if options.command == "paired" else report(options.output)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    from study.rows import ROWS  # noqa: PLC0415
+
+    add = parser.add_argument
+    add("setting", choices=SETTINGS)
+    add("--data", default="synthetic", help="as for distill")
+    add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
+    add("--seeds", type=int, nargs="+", help="which seeds (six)")
+    add("--points", type=int, default=256, help="of a cloud (256)")
+    add("--epochs", type=int, help="of the students")
+    add("--teacher-epochs", type=int, help="of a teacher that has to be trained")
+    add("--teacher", type=Path, help="its checkpoint, instead of the setting's")
+    add("--batch-size", type=int)
+    add("--learning-rate", type=float, default=6e-3, help="of the students (0.006)")
+    add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
+    add("--compress", type=float, default=40.0, help="how many times fewer parameters (40)")
+    add("--jobs", type=int, default=8, help="runs at once (8)")
+    add("--limit", type=float, default=float("inf"), help="seconds; no limit if not given")
+    add("--device", help="(cuda if there is one)")
+    add("--backend", choices=["auto", "triton", "tiled", "dense"], default="auto",
+        help="of the operations in the library's discriminators (auto)")  # fmt: skip
+    add_output(parser)
+    add("--state", type=Path, default=Path("runs/paired"), help="checkpoints (runs/paired)")
+    add("--commit", help="what the code is called, where there is no git")
+    add("--tiny", action="store_true", help="few generated shapes of few points, to try it")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Where the lines are."""
+    default = HERE / "results" / "paired"
+    parser.add_argument("--output", type=Path, default=default, help="folder of the lines")
+
+
+def prepare(options: argparse.Namespace) -> Any:
+    """The plan that the options make, its data on disk."""
+    import torch  # noqa: PLC0415  # the report needs none of these
+
+    from distill import readers  # noqa: PLC0415
+    from distill.data import synthetic  # noqa: PLC0415
+    from study.study import commit  # noqa: PLC0415
+    from study.worker import Plan, write_clouds  # noqa: PLC0415
+
+    setting, given = SETTINGS[options.setting], dict(vars(options))
+    given.update(TINY if options.tiny else {})
+    if options.data == "synthetic":
+        size = (2, 1, 2 * TINY["points"]) if options.tiny else (30, 12, 1024)
+        data = synthetic(*size)
+    else:
+        data = readers.read(Path(options.data), cache=options.state, points=1024)
+    digest = data.fingerprint()
+    clouds = options.state / f"clouds-{digest}.pt"
+    if not clouds.exists():
+        write_clouds(clouds, data)
+    teacher = options.teacher or (None if options.teacher_epochs else setting.teacher)
+    return Plan(
+        setting=options.setting,
+        sampled=setting.sampled,
+        clouds=str(clouds),
+        data=digest,
+        teacher=str(teacher or options.output / f"teacher-{options.setting}.pt"),
+        state=str(options.state / "unfinished"),
+        points=given["points"],
+        epochs=given["epochs"] or setting.epochs,
+        teacher_epochs=given["teacher_epochs"] or setting.teacher_epochs,
+        batch_size=given["batch_size"] or setting.batch_size,
+        learning_rate=options.learning_rate,
+        teacher_learning_rate=options.teacher_learning_rate,
+        compress=given["compress"],
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        backend=options.backend,
+        commit=options.commit or commit(),
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """What is not there yet; the exit status."""
+    began = time.monotonic()
+    setting = SETTINGS[options.setting]
+    unfinished = options.state / "unfinished"
+    for folder in (options.output, unfinished):
+        folder.mkdir(parents=True, exist_ok=True)
+    unpack(options.output / UNFINISHED, unfinished)
+    plan = prepare(options)
+    known = [line for line in verdicts.read(options.output) if belongs(line, plan)]
+    done = {(line["row"], line["seed"]) for line in known}
+    seeds = range(setting.seeds) if options.seeds is None else options.seeds
+    # Seed by seed, so that what is there when time is up can be compared.
+    wanted = [
+        ("teacher", 0),
+        *((row, seed) for seed in seeds for row in options.rows or setting.rows),
+    ]
+    if Path(plan.teacher).exists():
+        # Its score is a line, and nobody needs to wait for it.
+        wanted.append(wanted.pop(0))
+    tasks = [{"row": row, "seed": seed} for row, seed in wanted if (row, seed) not in done]
+    fleet = Fleet(plan, tasks, known, began + options.limit - CLOSE)
+    fleet.output = options.output
+    fleet.taught |= Path(plan.teacher).exists()
+    print(f"{len(tasks)} of {len(wanted)} runs to do, on {plan.device}", flush=True)
+    logs = options.state / "logs"
+    logs.mkdir(exist_ok=True)
+    # Stopped from outside, it ends as it does when time is up.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        workers = [
+            Worker(plan, logs / f"worker-{number}.txt")
+            for number in range(min(options.jobs, len(tasks)))
+        ]
+        fleet.run(workers, lambda: pack(unfinished, options.output / UNFINISHED))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        report(options.output)
+    left = len(fleet.waiting) + len(fleet.running)
+    print(
+        f"{fleet.total - left - len(fleet.failed)} runs done, {len(fleet.failed)} failed, {left} "
+        f"left; {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    if fleet.failed:
+        for log in sorted(logs.glob("*.txt")):
+            print(f"{log}:\n{log.read_text(encoding='utf-8')[-2000:]}", flush=True)
+        return 1
+    return 3 if left else 0
+
+
+def belongs(line: Line, plan: Any) -> bool:
+    """Whether a line is of a run of this plan."""
+    if (line["setting"], line["data"]) != (plan.setting, plan.data):
+        return False
+    if line["row"] == "teacher":
+        return True
+    return (line["epochs"], line["batch_size"]) == (plan.epochs, plan.batch_size)
+
+
+def report(output: Path) -> int:
+    """Write what the lines say beside them, and show it."""
+    lines = verdicts.read(output)
+    if lines:
+        text = verdicts.report(lines)
+        (output / "report.md").write_text(text, encoding="utf-8")
+        print(text, flush=True)
+    return 0
