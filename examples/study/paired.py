@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -58,6 +59,7 @@ class Setting:
     rows: tuple[str, ...]
     teacher: Path | None = None
     teacher_epochs: int = 0
+    points: int = 256
 
 
 SETTINGS = {
@@ -77,16 +79,14 @@ COMMANDS = {
     "worker": "a process of `paired`, which starts it",
 }
 # For a look at whether everything works: generated shapes, on any machine.
-TINY = {
-    "points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40, "compress": 40.0,
-}  # fmt: skip
+TINY = {"points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40}
 
 
 class Worker:
-    """A process that trains one student after the other."""
+    """A process that trains one student after the other; see `study.worker`."""
 
-    def __init__(self, plan: Any, log: Path) -> None:
-        command = [sys.executable, str(HERE), "worker", json.dumps(asdict(plan))]
+    def __init__(self, log: Path) -> None:
+        command = [sys.executable, str(HERE), "worker"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with log.open("a", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
@@ -98,14 +98,17 @@ class Worker:
                 text=True,
             )
 
+    def tell(self, what: Line) -> None:
+        """Send a line: the plan first, then runs."""
+        # Whether the process is gone shows when it is asked for an answer.
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(what) + "\n")
+            self.process.stdin.flush()
+
     def ask(self, task: Line) -> Line | None:
         """What comes of a run; None if the process is gone."""
-        try:
-            self.process.stdin.write(json.dumps(task) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except (OSError, ValueError):
-            return None
+        self.tell(task)
+        answer = self.process.stdout.readline()
         return json.loads(answer) if answer.endswith("\n") else None
 
     def stop(self) -> None:
@@ -117,18 +120,27 @@ class Worker:
 class Fleet:
     """The runs of a setting, dealt out to workers until all are done or time is up."""
 
-    def __init__(self, plan: Any, tasks: list[Line], known: list[Line], deadline: float) -> None:
-        self.plan, self.waiting, self.deadline = plan, tasks, deadline
+    def __init__(
+        self,
+        plan: Any,
+        tasks: list[Line],
+        known: list[Line],
+        output: Path,
+        *,
+        deadline: float = math.inf,
+        carry_on: bool = False,
+    ) -> None:
+        self.plan, self.waiting, self.output = plan, tasks, output
+        self.deadline, self.carry_on = deadline, carry_on
         self.running: list[Line] = []
         self.failed: list[Line] = []
         self.total = len(tasks)
         self.changed = threading.Condition()
         self.stopped = False
-        self.output: Path
         self.seconds: dict[str, list[float]] = {}
         for line in known:
             self.seconds.setdefault(line["row"], []).append(line["seconds"])
-        self.taught = not any(task["row"] == "teacher" for task in tasks)
+        self.taught = Path(plan.teacher).exists()
 
     def take(self) -> Line | None:
         """The next run that can start, waiting for one if need be; None if there is none."""
@@ -150,7 +162,7 @@ class Fleet:
             return True
         if not self.taught and (task["row"] != "alone" or len(self.running) > BESIDE):
             return False
-        return time.monotonic() + self._estimate(task) <= self.deadline
+        return self.carry_on or time.monotonic() + self._estimate(task) <= self.deadline
 
     def _estimate(self, task: Line) -> float:
         """How long a run will take, from those of its row, less what it has done already."""
@@ -166,13 +178,11 @@ class Fleet:
         while (task := self.take()) is not None:
             line = worker.ask(task)
             with self.changed:
-                if line is None and not self.stopped:
-                    line = {**task, "error": "the process ended; see its log"}
-                if line is not None:
+                if line is not None or not self.stopped:
                     self.running.remove(task)
-                    self._finish(task, line)
+                    self._finish(task, line or {"error": "the process ended"})
                 self.changed.notify_all()
-            if line is None or worker.process.poll() is not None:
+            if line is None:
                 return
 
     def _finish(self, task: Line, line: Line) -> None:
@@ -210,14 +220,16 @@ class Fleet:
             for worker in workers:
                 worker.stop()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             keep()
 
 
 def append(path: Path, line: Line) -> None:
     """Write a line such that it is there even if the machine goes away now."""
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * cut_off + json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -260,11 +272,9 @@ def add_commands(commands: Any) -> None:
             description=__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == "worker":
-            parser.add_argument("plan")
-        elif name == "paired":
+        if name == "paired":
             add_options(parser)
-        else:
+        elif name == "verdicts":
             add_output(parser)
 
 
@@ -273,7 +283,7 @@ def main(options: argparse.Namespace) -> int:
     if options.command == "worker":
         from study.worker import serve  # noqa: PLC0415  # the report needs no torch
 
-        return serve(options.plan)
+        return serve()
     return run(options) if options.command == "paired" else report(options.output)
 
 
@@ -286,7 +296,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--data", default="synthetic", help="as for distill")
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", type=int, nargs="+", help="which seeds (six)")
-    add("--points", type=int, default=256, help="of a cloud (256)")
+    add("--points", type=int, help="of a cloud (256)")
     add("--epochs", type=int, help="of the students")
     add("--teacher-epochs", type=int, help="of a teacher that has to be trained")
     add("--teacher", type=Path, help="its checkpoint, instead of the setting's")
@@ -295,7 +305,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
     add("--compress", type=float, default=40.0, help="how many times fewer parameters (40)")
     add("--jobs", type=int, default=8, help="runs at once (8)")
-    add("--limit", type=float, default=float("inf"), help="seconds; no limit if not given")
+    add("--limit", type=float, default=math.inf, help="seconds; no limit if not given")
+    add("--carry-on", action="store_true", help="start runs too that will not be finished within "
+        "the limit; another call goes on with them")  # fmt: skip
     add("--device", help="(cuda if there is one)")
     add("--backend", choices=["auto", "triton", "tiled", "dense"], default="auto",
         help="of the operations in the library's discriminators (auto)")  # fmt: skip
@@ -320,8 +332,8 @@ def prepare(options: argparse.Namespace) -> Any:
     from study.study import commit  # noqa: PLC0415
     from study.worker import Plan, write_clouds  # noqa: PLC0415
 
-    setting, given = SETTINGS[options.setting], dict(vars(options))
-    given.update(TINY if options.tiny else {})
+    setting = SETTINGS[options.setting]
+    defaults = {**asdict(setting), **(TINY if options.tiny else {})}
     if options.data == "synthetic":
         size = (2, 1, 2 * TINY["points"]) if options.tiny else (30, 12, 1024)
         data = synthetic(*size)
@@ -339,68 +351,65 @@ def prepare(options: argparse.Namespace) -> Any:
         data=digest,
         teacher=str(teacher or options.output / f"teacher-{options.setting}.pt"),
         state=str(options.state / "unfinished"),
-        points=given["points"],
-        epochs=given["epochs"] or setting.epochs,
-        teacher_epochs=given["teacher_epochs"] or setting.teacher_epochs,
-        batch_size=given["batch_size"] or setting.batch_size,
         learning_rate=options.learning_rate,
         teacher_learning_rate=options.teacher_learning_rate,
-        compress=given["compress"],
+        compress=options.compress,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         backend=options.backend,
         commit=options.commit or commit(),
+        **{name: getattr(options, name) or defaults[name] for name in TINY},
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """What is not there yet; the exit status."""
     began = time.monotonic()
-    setting = SETTINGS[options.setting]
-    unfinished = options.state / "unfinished"
-    for folder in (options.output, unfinished):
+    unfinished, logs = options.state / "unfinished", options.state / "logs"
+    for folder in (options.output, unfinished, logs):
         folder.mkdir(parents=True, exist_ok=True)
-    unpack(options.output / UNFINISHED, unfinished)
-    plan = prepare(options)
-    known = [line for line in verdicts.read(options.output) if belongs(line, plan)]
-    done = {(line["row"], line["seed"]) for line in known}
-    seeds = range(setting.seeds) if options.seeds is None else options.seeds
-    # Seed by seed, so that what is there when time is up can be compared.
-    wanted = [
-        ("teacher", 0),
-        *((row, seed) for seed in seeds for row in options.rows or setting.rows),
-    ]
-    if Path(plan.teacher).exists():
-        # Its score is a line, and nobody needs to wait for it.
-        wanted.append(wanted.pop(0))
-    tasks = [{"row": row, "seed": seed} for row, seed in wanted if (row, seed) not in done]
-    fleet = Fleet(plan, tasks, known, began + options.limit - CLOSE)
-    fleet.output = options.output
-    fleet.taught |= Path(plan.teacher).exists()
-    print(f"{len(tasks)} of {len(wanted)} runs to do, on {plan.device}", flush=True)
-    logs = options.state / "logs"
-    logs.mkdir(exist_ok=True)
     # Stopped from outside, it ends as it does when time is up.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    workers: list[Worker] = []
     try:
-        workers = [
-            Worker(plan, logs / f"worker-{number}.txt")
-            for number in range(min(options.jobs, len(tasks)))
-        ]
+        # They load what they need while the data is read here.
+        workers += [Worker(logs / f"worker-{number}.txt") for number in range(options.jobs)]
+        unpack(options.output / UNFINISHED, unfinished)
+        fleet = deal(prepare(options), options, began)
+        for worker in workers:
+            worker.tell(asdict(fleet.plan))
+        print(f"{fleet.total} runs to do, on {fleet.plan.device}", flush=True)
         fleet.run(workers, lambda: pack(unfinished, options.output / UNFINISHED))
     finally:
         signal.signal(signal.SIGTERM, before)
+        for worker in workers:
+            worker.stop()
         report(options.output)
     left = len(fleet.waiting) + len(fleet.running)
-    print(
-        f"{fleet.total - left - len(fleet.failed)} runs done, {len(fleet.failed)} failed, {left} "
-        f"left; {time.monotonic() - began:.0f} s",
-        flush=True,
-    )
+    done = fleet.total - left - len(fleet.failed)
+    seconds = time.monotonic() - began
+    print(f"{done} done, {len(fleet.failed)} failed, {left} left; {seconds:.0f} s", flush=True)
     if fleet.failed:
         for log in sorted(logs.glob("*.txt")):
             print(f"{log}:\n{log.read_text(encoding='utf-8')[-2000:]}", flush=True)
         return 1
     return 3 if left else 0
+
+
+def deal(plan: Any, options: argparse.Namespace, began: float) -> Fleet:
+    """The runs that are not there yet."""
+    setting = SETTINGS[options.setting]
+    known = [line for line in verdicts.read(options.output) if belongs(line, plan)]
+    done = {(line["row"], line["seed"]) for line in known}
+    for row, seed in done:
+        shutil.rmtree(plan.folder(row, seed), ignore_errors=True)
+    seeds = range(setting.seeds) if options.seeds is None else options.seeds
+    # Seed by seed, so that what is there when time is up can be compared.
+    wanted = [(row, seed) for seed in seeds for row in options.rows or setting.rows]
+    # A teacher that is there only has to be scored, and nobody waits for it.
+    wanted.insert(len(wanted) if Path(plan.teacher).exists() else 0, ("teacher", 0))
+    tasks = [{"row": row, "seed": seed} for row, seed in wanted if (row, seed) not in done]
+    end = began + options.limit - CLOSE
+    return Fleet(plan, tasks, known, options.output, deadline=end, carry_on=options.carry_on)
 
 
 def belongs(line: Line, plan: Any) -> bool:

@@ -192,13 +192,18 @@ class Bench:
         }
 
 
-def serve(text: str) -> int:
-    """Answer every line of the input with one of the output, until the input ends."""
+def serve() -> int:
+    """Answer every line of the input but the first, the plan, with one of the output."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.init()  # takes seconds, and the plan is not there yet
     # What else is printed is no answer.
     answers, sys.stdout = sys.stdout, sys.stderr
     warnings.simplefilter("default")
-    bench = Bench(Plan(**json.loads(text)))
+    plan = sys.stdin.readline()
+    if not plan:
+        return 0
+    bench = Bench(Plan(**json.loads(plan)))
     for request in sys.stdin:
         task = json.loads(request)
         try:
