@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from distill import networks  # noqa: E402
 from distill.data import Clouds  # noqa: E402
 from distill.storage import load_checkpoint, save  # noqa: E402
 from distill.training import Settings  # noqa: E402
-from study import ordered, paired, rows, verdicts  # noqa: E402
+from study import fleet, ordered, paired, rows, study, verdicts  # noqa: E402
 
 EPOCHS = 12
 
@@ -35,10 +35,10 @@ def command(folder, *more):
     ]  # fmt: skip
 
 
-def test_a_call_goes_on_where_another_one_was_stopped(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+def test_a_call_goes_on_where_another_one_was_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     output, state = tmp_path / "output", tmp_path / "state"
-    first = subprocess.Popen(command(tmp_path), env=environment, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "3 runs to do, on cpu\n"
     assert first.stdout.readline().startswith("sampled teacher seed 0: ")
     begun = state / "unfinished" / "sampled-alone-0"
@@ -63,11 +63,8 @@ def test_a_call_goes_on_where_another_one_was_stopped(tmp_path):
     paired.pack(state / "unfinished", output / "unfinished.zip")
     shutil.rmtree(state)
 
-    again = subprocess.run(
-        command(tmp_path), env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.startswith("2 runs to do, on cpu\n")
+    assert study.main(command(tmp_path)[2:]) == 0
+    assert capsys.readouterr().out.startswith("2 runs to do, on cpu\n")
     assert not (output / "unfinished.zip").exists()
     found = [json.loads(text) for text in lines.read_text().splitlines()]
     assert [line["row"] for line in found] == ["teacher", "alone", "fad-positions"]
@@ -79,33 +76,78 @@ def test_a_call_goes_on_where_another_one_was_stopped(tmp_path):
     assert "- fad-positions against alone: unknown from one seed" in text
 
 
+@dataclass
+class Plan:
+    state: str
+    setting: str = "sampled"
+    epochs: int = 4
+    teacher: str = ""
+
+    def __post_init__(self):
+        self.teacher = f"{self.state}/teacher.pt"
+
+    def folder(self, row, seed):
+        return Path(self.state) / f"{row}-{seed}"
+
+
 def test_a_call_starts_what_will_end_in_time(tmp_path, monkeypatch):
     """And the teacher first, beside few others; who waits for it waits no longer than it takes."""
 
-    class Plan:
-        setting, epochs, teacher = "sampled", 4, str(tmp_path / "teacher.pt")
-
-        def folder(self, row, seed):
-            return tmp_path / f"{row}-{seed}"
-
-    monkeypatch.setattr(paired.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(fleet.time, "monotonic", lambda: 100.0)
     wanted = [("teacher", 0), ("fad", 0), *(("alone", seed) for seed in range(4))]
     tasks = [{"row": row, "seed": seed} for row, seed in wanted]
     known = [{"row": "alone", "seconds": seconds} for seconds in (10.0, 12.0, 50.0)]
-    fleet = paired.Fleet(Plan(), tasks, known, tmp_path, deadline=111.0)
-    assert fleet.take() == {"row": "teacher", "seed": 0}
+    runs = fleet.Fleet(Plan(str(tmp_path)), tasks, known, tmp_path, deadline=111.0)
+    assert runs.take() == {"row": "teacher", "seed": 0}
     # Twelve seconds is too long, but not where one of four epochs is done.
-    assert not any(map(fleet._ready, fleet.waiting))
+    assert not any(map(runs._ready, runs.waiting))
     (tmp_path / "alone-2").mkdir()
     (tmp_path / "alone-2" / "student-1.jsonl").write_text("{}\n")
-    assert fleet.take() == {"row": "alone", "seed": 2}
-    fleet._finish(
-        fleet.running.pop(0), {"row": "teacher", "seed": 0, "accuracy": 0.5, "seconds": 1.0}
+    assert runs.take() == {"row": "alone", "seed": 2}
+    runs._finish(
+        runs.running.pop(0), {"row": "teacher", "seed": 0, "accuracy": 0.5, "seconds": 1.0}
     )
     # Nothing is known of how long "fad" takes.
-    assert fleet.take() == {"row": "fad", "seed": 0}
-    assert fleet.take() is None
-    assert len(fleet.waiting) == 3
+    assert runs.take() == {"row": "fad", "seed": 0}
+    assert runs.take() is None
+    assert len(runs.waiting) == 3
+
+
+def test_a_failure_costs_its_own_run_and_the_process_it_was_in(tmp_path, capsys):
+    said = []
+    answers = iter(
+        [
+            {"error": "RuntimeError: broken", "trace": "in that line"},
+            {"row": "kd", "seed": 1, "accuracy": 0.5, "seconds": 1.0},
+        ]
+    )
+
+    class Worker:
+        def tell(self, plan):
+            said.append(plan["setting"])
+
+        def ask(self, task):
+            return next(answers)
+
+        def stop(self):
+            said.append("stop")
+
+        def close(self):
+            said.append("close")
+
+        def start(self):
+            said.append("start")
+
+    (tmp_path / "teacher.pt").touch()
+    tasks = [{"row": "kd", "seed": seed} for seed in (0, 1)]
+    runs = fleet.Fleet(Plan(str(tmp_path)), tasks, [], tmp_path)
+    runs.run([Worker()], lambda: None)
+    assert said == ["sampled", "close", "start", "sampled", "stop"]
+    assert runs.failed == [{"row": "kd", "seed": 0}]
+    assert [line["seed"] for line in verdicts.read(tmp_path)] == [1]
+    shown = capsys.readouterr().out
+    assert "sampled kd seed 0: failed: RuntimeError: broken\nin that line" in shown
+    assert "sampled kd seed 1: 50.00 % in 1 s, 0 left" in shown
 
 
 def test_the_first_points_are_the_farthest_and_each_side_begins_elsewhere():
@@ -224,6 +266,6 @@ def test_verdicts_are_what_the_pairs_say():
 def test_a_line_that_was_cut_off_is_none(tmp_path):
     (tmp_path / "sampled.jsonl").write_text('{"row": "alone"}\n{"row": "fa')
     assert verdicts.read(tmp_path) == [{"row": "alone"}]
-    paired.append(tmp_path / "sampled.jsonl", {"row": "kd"})
-    paired.append(tmp_path / "sampled.jsonl", {"row": "fitnet"})
+    fleet.append(tmp_path / "sampled.jsonl", {"row": "kd"})
+    fleet.append(tmp_path / "sampled.jsonl", {"row": "fitnet"})
     assert [line["row"] for line in verdicts.read(tmp_path)] == ["alone", "kd", "fitnet"]

@@ -16,15 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
-import os
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
-import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass
@@ -32,13 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from study import verdicts
+from study.fleet import HERE, Fleet, Line, Worker
 
-HERE = Path(__file__).resolve().parent
-Line = dict[str, Any]
-# While the teacher trains, no student but "alone" can; and few of those, for all wait for it.
-BESIDE = 2
-# Seconds between two looks at the checkpoints of what runs, and that the end of a call needs.
-KEEP, CLOSE = 20, 5
+# Seconds that the end of a call needs.
+CLOSE = 5
 UNFINISHED = "unfinished.zip"
 
 
@@ -80,158 +72,6 @@ COMMANDS = {
 }
 # For a look at whether everything works: generated shapes, on any machine.
 TINY = {"points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40}
-
-
-class Worker:
-    """A process that trains one student after the other; see `study.worker`."""
-
-    def __init__(self, log: Path) -> None:
-        command = [sys.executable, str(HERE), "worker"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with log.open("a", encoding="utf-8") as errors:
-            self.process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-
-    def tell(self, what: Line) -> None:
-        """Send a line: the plan first, then runs."""
-        # Whether the process is gone shows when it is asked for an answer.
-        with contextlib.suppress(OSError):
-            self.process.stdin.write(json.dumps(what) + "\n")
-            self.process.stdin.flush()
-
-    def ask(self, task: Line) -> Line | None:
-        """What comes of a run; None if the process is gone."""
-        self.tell(task)
-        answer = self.process.stdout.readline()
-        return json.loads(answer) if answer.endswith("\n") else None
-
-    def stop(self) -> None:
-        """End the process, whatever it does: its checkpoints are whole."""
-        self.process.kill()
-        self.process.wait()
-
-
-class Fleet:
-    """The runs of a setting, dealt out to workers until all are done or time is up."""
-
-    def __init__(
-        self,
-        plan: Any,
-        tasks: list[Line],
-        known: list[Line],
-        output: Path,
-        *,
-        deadline: float = math.inf,
-        carry_on: bool = False,
-    ) -> None:
-        self.plan, self.waiting, self.output = plan, tasks, output
-        self.deadline, self.carry_on = deadline, carry_on
-        self.running: list[Line] = []
-        self.failed: list[Line] = []
-        self.total = len(tasks)
-        self.changed = threading.Condition()
-        self.stopped = False
-        self.seconds: dict[str, list[float]] = {}
-        for line in known:
-            self.seconds.setdefault(line["row"], []).append(line["seconds"])
-        self.taught = Path(plan.teacher).exists()
-
-    def take(self) -> Line | None:
-        """The next run that can start, waiting for one if need be; None if there is none."""
-        with self.changed:
-            while not self.stopped:
-                task = next(filter(self._ready, self.waiting), None)
-                if task is not None:
-                    self.waiting.remove(task)
-                    self.running.append(task)
-                    return task
-                # What waits for the teacher will be ready, what does not fit will not.
-                if self.taught or not any(task["row"] == "teacher" for task in self.running):
-                    return None
-                self.changed.wait(1)
-        return None
-
-    def _ready(self, task: Line) -> bool:
-        if task["row"] == "teacher":
-            return True
-        if not self.taught and (task["row"] != "alone" or len(self.running) > BESIDE):
-            return False
-        return self.carry_on or time.monotonic() + self._estimate(task) <= self.deadline
-
-    def _estimate(self, task: Line) -> float:
-        """How long a run will take, from those of its row, less what it has done already."""
-        known = self.seconds.get(task["row"])
-        if not known:
-            return 0.0
-        log = next(self.plan.folder(**task).glob("student-*.jsonl"), None)
-        done = len(log.read_text(encoding="utf-8").splitlines()) if log else 0
-        return statistics.median(known) * (1 - done / self.plan.epochs)
-
-    def work(self, worker: Worker) -> None:
-        """Keep a worker busy."""
-        while (task := self.take()) is not None:
-            line = worker.ask(task)
-            with self.changed:
-                if line is not None or not self.stopped:
-                    self.running.remove(task)
-                    self._finish(task, line or {"error": "the process ended"})
-                self.changed.notify_all()
-            if line is None:
-                return
-
-    def _finish(self, task: Line, line: Line) -> None:
-        name = f"{self.plan.setting} {task['row']} seed {task['seed']}"
-        if "error" in line:
-            self.failed.append(task)
-            print(f"{name}: failed: {line['error']}", flush=True)
-            return
-        append(self.output / f"{self.plan.setting}.jsonl", line)
-        shutil.rmtree(self.plan.folder(**task), ignore_errors=True)
-        self.seconds.setdefault(task["row"], []).append(line["seconds"])
-        self.taught |= task["row"] == "teacher"
-        left = len(self.waiting) + len(self.running)
-        print(
-            f"{name}: {100 * line['accuracy']:.2f} % in {line['seconds']:.0f} s, {left} left",
-            flush=True,
-        )
-
-    def run(self, workers: list[Worker], keep: Any) -> None:
-        """Until all is done, or until the deadline; `keep` is called every now and then."""
-        threads = [threading.Thread(target=self.work, args=(one,), daemon=True) for one in workers]
-        try:
-            for thread in threads:
-                thread.start()
-            kept = time.monotonic()
-            while any(t.is_alive() for t in threads) and time.monotonic() < self.deadline:
-                time.sleep(0.1)
-                if time.monotonic() - kept > KEEP:
-                    keep()
-                    kept = time.monotonic()
-        finally:
-            with self.changed:
-                self.stopped = True
-                self.changed.notify_all()
-            for worker in workers:
-                worker.stop()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            keep()
-
-
-def append(path: Path, line: Line) -> None:
-    """Write a line such that it is there even if the machine goes away now."""
-    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_off + json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def pack(state: Path, file: Path) -> None:
@@ -375,22 +215,18 @@ def run(options: argparse.Namespace) -> int:
         workers += [Worker(logs / f"worker-{number}.txt") for number in range(options.jobs)]
         unpack(options.output / UNFINISHED, unfinished)
         fleet = deal(prepare(options), options, began)
-        for worker in workers:
-            worker.tell(asdict(fleet.plan))
         print(f"{fleet.total} runs to do, on {fleet.plan.device}", flush=True)
         fleet.run(workers, lambda: pack(unfinished, options.output / UNFINISHED))
     finally:
         signal.signal(signal.SIGTERM, before)
         for worker in workers:
-            worker.stop()
+            worker.close()
         report(options.output)
     left = len(fleet.waiting) + len(fleet.running)
     done = fleet.total - left - len(fleet.failed)
     seconds = time.monotonic() - began
     print(f"{done} done, {len(fleet.failed)} failed, {left} left; {seconds:.0f} s", flush=True)
     if fleet.failed:
-        for log in sorted(logs.glob("*.txt")):
-            print(f"{log}:\n{log.read_text(encoding='utf-8')[-2000:]}", flush=True)
         return 1
     return 3 if left else 0
 

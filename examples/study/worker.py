@@ -8,8 +8,10 @@ that is stopped goes on from there.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
+import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,10 +197,13 @@ class Bench:
 def serve() -> int:
     """Answer every line of the input but the first, the plan, with one of the output."""
     torch.set_num_threads(1)
+    # Both take seconds at first, and the plan is not there yet.
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     if torch.cuda.is_available():
-        torch.cuda.init()  # takes seconds, and the plan is not there yet
-    # What else is printed is no answer.
-    answers, sys.stdout = sys.stdout, sys.stderr
+        torch.cuda.init()
+    # What else is printed, by whatever part of the process, is no answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     warnings.simplefilter("default")
     plan = sys.stdin.readline()
     if not plan:
@@ -212,7 +217,7 @@ def serve() -> int:
             else:
                 answer = bench.train_student(**task)
         except Exception as error:  # noqa: BLE001  # another run may do better
-            answer = {**task, "error": f"{type(error).__name__}: {error}"}
-            sys.excepthook(type(error), error, error.__traceback__)
+            reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+            answer = {"error": reason[:500], "trace": trace}
         print(json.dumps(answer), file=answers, flush=True)
     return 0
