@@ -5,6 +5,8 @@
     python examples/study run pointnet --data modelnet40.npz --rows alone kd fad fad+kd
     python examples/study again pointnet --data modelnet40.npz --rows kd  # and compare
     python examples/study report                     # tables and plots of all results
+    python examples/study paired sampled --data modelnet40.npz   # today's losses, paired seeds
+    python examples/study verdicts                   # and what those lines say
 
 Every row is a command of `examples/distill`, which is kept with its result: one JSON line per run
 in `results/`. What is there already is not run again (unless by `again`, which trains the students
@@ -354,7 +356,7 @@ def commit() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the study."""
-    from study import gradients  # noqa: PLC0415  # it imports this module
+    from study import gradients, paired  # noqa: PLC0415  # they import this module
 
     summary, details = str(__doc__).split("\n", 1)
     parser = argparse.ArgumentParser(
@@ -391,7 +393,10 @@ def main(arguments: list[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    paired.add_commands(commands)
     options = parser.parse_args(arguments)
+    if options.command in paired.COMMANDS:
+        return paired.main(options)
     if options.command == "report":
         return tables.write(RESULTS)
     if options.command == "gradients":

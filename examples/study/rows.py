@@ -1,0 +1,203 @@
+"""The rows of the paired study: what a student learns from beside the labels, all at one weight.
+
+Nothing is tuned. Whatever compares features pulls at the student's with the same share of the
+task's pull, the default of ``balance=True``; knowledge distillation has the weight that the first
+study found best for it. Rows whose name begins with "fad" are this library's loss; of "squared" is
+the ablation: the same layers, adapters, standardisation, points, warm-up and weight, and squared
+error where the discriminator was. "fitnet" is squared error as others have it: all points, in units
+of the teacher's batch, without warm-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.methods import Step, Supervised
+from distill.networks import Network
+from distill.terms import WEIGHTS, KnowledgeDistillation, SquaredError
+from fad_loss import Distiller, HeadDiscriminator, capture_features, interpolate
+from fad_loss.discriminators import Discriminator, Game
+from fad_loss.gradients import GradientBalance, weigh_gradient
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared.
+
+    Attributes:
+        points: features of points by "fad", as the library chooses, "squared" or "fitnet".
+        last: penultimate features by "judge", the teacher's last layer, "squared" or "fitnet".
+        positions: say where the points lie; for networks that sample.
+        kd: the logits too.
+        against: rows that it is compared with, beside the student alone; the ablation first.
+    """
+
+    points: str | None = None
+    last: str | None = None
+    positions: bool = False
+    kd: bool = False
+    against: tuple[str, ...] = ()
+
+    @property
+    def taught(self) -> bool:
+        """Whether it needs a teacher."""
+        return bool(self.points or self.last or self.kd)
+
+
+ROWS = {
+    "alone": Row(),
+    "kd": Row(kd=True),
+    "fad": Row("fad", against=("squared", "fitnet", "kd")),
+    "fad-positions": Row("fad", positions=True, against=("squared", "fitnet", "fad", "kd")),
+    "fad-two": Row("fad", "judge", True, against=("squared-two", "fitnet-two", "fitnet", "kd")),
+    "fad-two+kd": Row("fad", "judge", True, kd=True, against=("squared-two", "fad-two", "kd")),
+    "squared": Row("squared", positions=True, against=("fitnet",)),
+    "squared-two": Row("squared", "squared", True, against=("squared",)),
+    "fitnet": Row("fitnet", positions=True),
+    "fitnet-two": Row("fitnet", "fitnet", True, against=("fitnet",)),
+}
+
+
+class SquaredDiscriminator(Discriminator):
+    """Minus the squared distance from the teacher's feature of the same point, mean over channels.
+
+    As a discriminator, so that all around it is what it is for the library's own.
+    """
+
+    corresponding, positional, default_max_points = True, True, 16  # as "paired"
+
+    def score(self, game: Game, side: str) -> Tensor:
+        difference = game.points(side).features - game.teacher.features
+        return game.points(side).like(-difference.square().mean(-1))
+
+
+class FitNet(nn.Module):
+    """Squared error of adapted features, which pulls with a share of the task's pull."""
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.error = SquaredError(student_channels, teacher_channels)
+        self.balance = GradientBalance()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        weight = self.balance.default_weight * self.balance.factor()
+        own = weigh_gradient(self.balance.tap(student, weight), weight)
+        return self.error(own, teacher)
+
+
+class Recipe(Supervised):
+    """Cross entropy, and what a row adds: an objective for `distill.training.fit`.
+
+    Args:
+        student: the network to train.
+        teacher: the trained network, or None for the student alone.
+        row: what is compared.
+        example: two clouds.
+        seed: of all random numbers of a step, so that rows share dropout masks.
+        backend: of the operations in the library's discriminators, see `fad_loss.ops`.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network | None,
+        row: Row,
+        *,
+        example: Tensor,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(student)
+        self.row, self.seed = row, seed
+        # In tuples, so that neither network is part of the objective's state.
+        self._teacher = (teacher,)
+        self._distiller: tuple[Distiller, ...] = ()
+        self.terms = nn.ModuleDict()
+        if teacher is None:
+            return
+        watched = [[n.layer, n.places, n.penultimate, "classifier"] for n in (student, teacher)]
+        self._mine, self._its = map(capture_features, (student, teacher), watched)
+        if "fitnet" in {row.points, row.last}:
+            sizes = (student.channels, teacher.channels), (_last(student), _last(teacher))
+            for what, how, channels in zip(
+                ("points", "last"), (row.points, row.last), sizes, strict=True
+            ):
+                if how:
+                    self.terms[what] = FitNet(*channels).to(example.device)
+        elif row.points:
+            made = _distiller(student, teacher, row, example, backend)
+            self._distiller = (made,)
+            self.terms = made.losses
+        self.kd = KnowledgeDistillation()
+
+    def forward(self, points: Tensor, labels: Tensor, known: None = None) -> Step:  # noqa: ARG002
+        torch.manual_seed((self.seed << 40) + round(self.progress * 2**40))
+        (network,), (teacher,) = self._network, self._teacher
+        terms = []
+        if self._distiller:
+            logits, distillation = self._distiller[0](points)
+            terms.append(distillation)
+        else:
+            logits = network(points)
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher(points)
+        if self.row.kd:
+            terms.append(WEIGHTS["kd"] * self.kd(logits, self._its["classifier"]))
+        if not self._distiller:
+            terms += [term(*self._pair(what)) for what, term in self.terms.items()]
+        total = torch.stack(terms).sum() if terms else None
+        return Step(self.task(logits, labels), total, logits)
+
+    def _pair(self, what: str) -> tuple[Tensor, Tensor]:
+        """Features of both for FitNet: where points do not correspond, interpolated."""
+        (student,), (teacher,) = self._network, self._teacher
+        if what == "last":
+            return self._mine[student.penultimate], self._its[teacher.penultimate]
+        mine, its = self._mine[student.layer], self._its[teacher.layer]
+        if student.samples:
+            its = interpolate(its, self._its[teacher.places], self._mine[student.places])
+        return mine, its
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Of every loss of the library: its value, its scores' overlap, its weight."""
+        if not self._distiller:
+            return {}
+        names = "student_loss", "separability", "weight"
+        found = self._distiller[0].statistics().items()
+        return {name: value for name, value in found if name.rpartition("/")[2] in names}
+
+
+def _last(network: Network) -> int:
+    return network.classifier[-1].in_features
+
+
+def _distiller(
+    student: Network, teacher: Network, row: Row, example: Tensor, backend: str
+) -> Distiller:
+    """Both layers as a user names them, every loss with its default share of the pull."""
+    layers: dict[str, Any] = {student.layer: teacher.layer}
+    if row.points == "squared":
+        layers[student.layer] = teacher.layer, SquaredDiscriminator()
+    if row.last:
+        judge = HeadDiscriminator(teacher.classifier[-1])
+        other = judge if row.last == "judge" else SquaredDiscriminator()
+        layers[student.penultimate] = teacher.penultimate, other
+    places = {student.layer: (student.places, teacher.places)}
+    made = Distiller(
+        student,
+        teacher,
+        layers,
+        example=example,
+        layout="bnc",
+        positions=places if row.positions and student.samples else None,
+        balance=True,
+    )
+    for loss in made.losses.values():
+        if hasattr(loss.discriminator, "backend"):
+            loss.discriminator.backend = backend
+    return made

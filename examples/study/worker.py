@@ -1,0 +1,223 @@
+"""One process of the paired study: reads runs from its input, a line of JSON each, and trains.
+
+A GPU is not busy with one student: several processes share it, each with the clouds in its memory.
+They are started by `paired`, not by hand. A training writes a checkpoint after every epoch, and one
+that is stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import traceback
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fad_loss
+from distill import networks
+from distill.data import Clouds, Dataset
+from distill.methods import Supervised
+from distill.networks import Network
+from distill.storage import load_checkpoint, save
+from distill.training import Record, Run, Settings, accuracy, fit
+from study.ordered import Epochs, Sampled, both_orders, parts
+from study.rows import ROWS, Recipe
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a setting share.
+
+    Attributes:
+        setting: its name.
+        sampled: whether the networks sample (`Sampled`), or are PointNets.
+        clouds: the data as `write_clouds` wrote it.
+        data: its digest.
+        teacher: the checkpoint; it is trained if it is not there.
+        state: where checkpoints of runs are.
+    """
+
+    setting: str
+    sampled: bool
+    clouds: str
+    data: str
+    teacher: str
+    state: str
+    points: int
+    epochs: int
+    teacher_epochs: int
+    batch_size: int
+    learning_rate: float
+    teacher_learning_rate: float
+    compress: float
+    device: str
+    backend: str
+    commit: str
+
+    def folder(self, row: str, seed: int) -> Path:
+        """Where a run keeps its checkpoint until it is finished."""
+        return Path(self.state) / f"{self.setting}-{row}-{seed}"
+
+
+class Quiet:
+    """Nobody watches."""
+
+    def begin(self, name: str, epochs: int, steps: int, history: list[Record]) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, record: Record) -> None: ...
+    def end(self) -> None: ...
+
+
+def write_clouds(path: Path, data: Dataset) -> None:
+    """The data as workers read it: arrays as they are, no decoding."""
+    splits = {"train": data.train, "test": data.test}
+    tensors = {name: (split.points, split.labels) for name, split in splits.items()}
+    save(path, {"name": data.name, "classes": [str(name) for name in data.classes], **tensors})
+
+
+class Bench:
+    """The data and the networks on the device."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.device = plan, torch.device(plan.device)
+        state = torch.load(plan.clouds, map_location=self.device, weights_only=True)
+        self.classes = state["classes"]
+        self.train = Clouds(*state["train"])
+        self.tests = parts(Clouds(*state["test"]), plan.points, sampled=plan.sampled)
+        # What is scored after every epoch is the first part.
+        self.data = Dataset(state["name"], self.train, self.tests[0], self.classes)
+
+    def network(self, seed: int, width: float = 1.0, *, teacher: bool) -> Network:
+        """A fresh one; its weights are drawn on the CPU, the same for every device."""
+        torch.manual_seed(seed)
+        if self.plan.sampled:
+            made: Network = Sampled(len(self.classes), width, teacher=teacher)
+        else:
+            made = networks.build("pointnet", len(self.classes), width)
+        return made.to(self.device)
+
+    @property
+    def arch(self) -> str:
+        """What the networks are called."""
+        return "pointnet2" if self.plan.sampled else "pointnet"
+
+    def fit(self, network: Network, objective: Supervised, run: Run) -> None:
+        """Train, from wherever the run stands."""
+        epochs = Epochs(self.train, run.settings, sampled=self.plan.sampled)
+        fit(network, objective, self.data, run, Quiet(), epochs)
+
+    def settings(self, epochs: int, rate: float, seed: int) -> Settings:
+        plan = self.plan
+        return Settings(epochs, plan.points, plan.batch_size, rate, seed=seed)
+
+    def teacher(self) -> Network:
+        """The trained teacher, frozen."""
+        state = load_checkpoint(Path(self.plan.teacher))
+        network = self.network(0, teacher=True)
+        network.load_state_dict(state["network"])
+        return network.eval().requires_grad_(False)
+
+    def train_teacher(self) -> Line:
+        """The teacher, unless it is there, and its score."""
+        plan, path, history = self.plan, Path(self.plan.teacher), []
+        if not path.exists():
+            network = self.network(0, teacher=True)
+            settings = self.settings(plan.teacher_epochs, plan.teacher_learning_rate, 0)
+            description = {"arch": self.arch, "width": 1.0, "classes": len(self.classes)}
+            run = Run(plan.folder("teacher", 0), "teacher", description, settings)
+            self.fit(network, Supervised(network), run)
+            history = run.history
+            content = {"description": description, "settings": asdict(settings)}
+            save(path, {**content, "history": history, "network": network.state_dict()})
+        return self.line("teacher", 0, self.teacher(), history)
+
+    def train_student(self, row: str, seed: int) -> Line:
+        """One student of a row, and its score."""
+        plan, chosen = self.plan, ROWS[row]
+        with torch.device("meta"):
+            full = networks.build(self.arch, len(self.classes))
+        budget = networks.parameters(full) / plan.compress
+        width = networks.widest(self.arch, len(self.classes), budget)
+        student = self.network(seed, width, teacher=False)
+        teacher = self.teacher() if chosen.taught else None
+        example = self.train.points[:2, : plan.points]
+        if plan.sampled:
+            example = both_orders(example, random=True)
+        # The same adapters for the same layers.
+        torch.manual_seed(seed + 1)
+        objective = Recipe(
+            student, teacher, chosen, example=example, seed=seed, backend=plan.backend
+        )
+        settings = self.settings(plan.epochs, plan.learning_rate, seed)
+        description = {"row": row, "arch": self.arch, "width": width, "data": plan.data}
+        description |= {"classes": len(self.classes), "commit": plan.commit}
+        run = Run(plan.folder(row, seed), "student", description, settings)
+        self.fit(student, objective, run)
+        return self.line(row, seed, student, run.history)
+
+    def line(self, row: str, seed: int, network: Network, history: list[Record]) -> Line:
+        """What is known of a finished run."""
+        plan = self.plan
+        # Of a cloud's parts in the mean: less noise than one of them, from the same students.
+        scores = [accuracy(network, part, plan.points, 256) for part in self.tests]
+        cuda = self.device.type == "cuda"
+        return {
+            "setting": plan.setting,
+            "row": row,
+            "seed": seed,
+            "epochs": plan.teacher_epochs if row == "teacher" else plan.epochs,
+            "batch_size": plan.batch_size,
+            "learning_rate": plan.learning_rate,
+            "points": plan.points,
+            "accuracy": sum(scores) / len(scores),
+            "parts": scores,
+            "every_epoch": [round(record["test_accuracy"], 5) for record in history],
+            "last_epoch": {name: float(f"{v:.5g}") for name, v in (history or [{}])[-1].items()},
+            "seconds": round(sum(record["seconds"] for record in history), 2),
+            "parameters": networks.parameters(network),
+            "arch": self.arch,
+            "data": plan.data,
+            "clouds": [len(self.train), len(self.tests[0])],
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+            "backend": plan.backend,
+            "torch": torch.__version__,
+            "fad_loss": fad_loss.__version__,
+            "commit": plan.commit,
+        }
+
+
+def serve() -> int:
+    """Answer every line of the input but the first, the plan, with one of the output."""
+    torch.set_num_threads(1)
+    # Both take seconds at first, and the plan is not there yet.
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    # What else is printed, by whatever part of the process, is no answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("default")
+    plan = sys.stdin.readline()
+    if not plan:
+        return 0
+    bench = Bench(Plan(**json.loads(plan)))
+    for request in sys.stdin:
+        task = json.loads(request)
+        try:
+            if task["row"] == "teacher":
+                answer = bench.train_teacher()
+            else:
+                answer = bench.train_student(**task)
+        except Exception as error:  # noqa: BLE001  # another run may do better
+            reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+            answer = {"error": reason[:500], "trace": trace}
+        print(json.dumps(answer), file=answers, flush=True)
+    return 0
