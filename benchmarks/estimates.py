@@ -49,7 +49,7 @@ UNITS = {
     120: Unit(1024, 512, 25),
 }
 # Products of three terms: a float32 is the sum of two tf32 numbers.
-TERMS = {"tf32x3": 3}
+TERMS = {"bf16x6": 6}
 # Products of a tile with the columns: for distances, and of its weights with the points.
 DISTANCES = {"double_backward_kernel": 3}
 GRADIENTS = {"backward_kernel": 1, "small_backward_kernel": 1, "double_backward_kernel": 2}
@@ -103,15 +103,15 @@ def _storage(arguments: dict[str, Any]) -> int:
 KERNEL_CASES = [
     *(("scan", "half", C) for C in (64, 128, 256, 1024)),
     *(("scan", "tf32", C) for C in (64, 256)),
-    *(("scan", "tf32x3", C) for C in (64, 256)),
+    *(("scan", "bf16x6", C) for C in (64, 256)),
     *(("reduce", "half", C) for C in (64, 128, 256, 1024)),
     *(("reduce", "tf32", C) for C in (64, 256)),
-    *(("reduce", "tf32x3", C) for C in (64, 256)),
+    *(("reduce", "bf16x6", C) for C in (64, 256)),
     *(("backward", "half", C) for C in (64, 128, 256)),
     *(("backward", "tf32", C) for C in (64, 256)),
 ]
 NAMES = {"scan": "nearest", "reduce": "softmin", "backward": "softmin, backward"}
-FORMATS = {"half": "bf16", "tf32": "tf32", "tf32x3": "tf32x3"}
+FORMATS = {"half": "bf16", "tf32": "tf32", "bf16x6": "bf16x6"}
 
 
 def estimate(kernel: str, form: str, channels: int) -> dict[str, Any]:

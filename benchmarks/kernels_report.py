@@ -73,7 +73,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Formats, each with the channels that can make a difference.
 FORMATS = {
     "direct": (torch.float32, "highest", (3,)),
-    "tf32x3": (torch.float32, "highest", (32, 256)),
+    "bf16x6": (torch.float32, "highest", (32, 256)),
     "tf32": (torch.float32, "high", (32, 64, 128, 256, 512)),
     "half": (torch.bfloat16, "high", (64, 128, 256, 512)),
 }

@@ -599,7 +599,7 @@ def test_formats_follow_the_precision():
     for precision in ("highest", "high", "medium"):
         torch.set_float32_matmul_precision(precision)
         form[precision] = prepare.multiply_format(torch.float32, 64)
-    assert form["highest"].precision == "tf32x3"
+    assert form["highest"].precision == "bf16x6"
     assert (form["high"].precision, form["high"].rounding) == ("tf32", "tf32")
     assert form["medium"].rounding == "bf16"
     assert prepare.multiply_format(torch.float16, 64).storage == torch.float16
@@ -629,7 +629,7 @@ def test_the_newer_switch_for_tf32_is_obeyed():
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
     close(out, _dense.softmin(*double(x, y), None, EPSILON, exclude_self=False), 2e-3)
-    assert prepare.multiply_format(torch.float32, 64).precision == "tf32x3"
+    assert prepare.multiply_format(torch.float32, 64).precision == "bf16x6"
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1], ids=hex)

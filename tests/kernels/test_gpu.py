@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 EPSILON = [0.3, 1.0]
 INPUTS = {
     "direct": (torch.float32, "highest", 1e-5),
-    "tf32x3": (torch.float32, "highest", 1e-5),
+    "bf16x6": (torch.float32, "highest", 1e-5),
     "tf32": (torch.float32, "high", 5e-3),
     "half": (torch.bfloat16, "highest", 2e-2),
 }

@@ -22,7 +22,7 @@ if find_spec("triton") is not None:
 # dtype, precision, channels: how points are multiplied.
 FORMS = {
     "direct": (torch.float32, "highest", 3),
-    "tf32x3": (torch.float32, "highest", 40),
+    "bf16x6": (torch.float32, "highest", 40),
     "tf32": (torch.float32, "high", 100),
     "bfloat16": (torch.bfloat16, "highest", 64),
     "float16": (torch.float16, "highest", 64),
@@ -85,7 +85,7 @@ def test_forward_backward_and_twice(architecture, form, operation, monkeypatch):
         assert 0 < len(counts.compiled) <= 10
 
 
-@pytest.mark.parametrize("form", ["direct", "tf32x3"])
+@pytest.mark.parametrize("form", ["direct", "bf16x6"])
 def test_another_size_in_the_same_bucket_compiles_nothing(form, monkeypatch):
     with stub_gpu(90, monkeypatch) as counts:
         # Columns that one program walks over, and columns that several share.
@@ -127,7 +127,7 @@ def test_few_rows_fill_the_device(operation, rows, columns, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "architecture, form", [(90, "tf32x3"), *((number, "bfloat16") for number in MACHINES)]
+    "architecture, form", [(90, "bf16x6"), *((number, "bfloat16") for number in MACHINES)]
 )
 def test_one_graph_for_the_compiler(architecture, form, monkeypatch):
     """``fullgraph=True``, forward and backward, with the choice of the backend left to `auto`."""

@@ -26,13 +26,15 @@ from fad_loss.ops._triton.exact import add_pulls, measured, rows_to_do, scale_pu
 from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.tiles import (
     differences,
-    dot,
     hold,
-    load_points,
+    load_parts,
     load_values,
+    load_whole,
     locate,
-    parts,
+    parts_of_weights,
+    pulled,
     share,
+    sum_of_parts,
     with_own,
 )
 from fad_loss.ops._triton.weights import load_each, weigh, zeros_each
@@ -61,25 +63,16 @@ def multiply(
     if CHANNELS <= KEPT:
         blocks = tile
     else:
-        blocks = (load_points(base, left, channel, CHANNELS, BLOCK, SLAB),)
-    # The range of weights is wider than that of float16; tf32 holds both.
-    if blocks[0].dtype == tl.float16:
-        pieces = parts(weights, weights, PRECISION)
+        blocks = (load_parts(base, left, channel, CHANNELS, BLOCK, SLAB, PRECISION),)
+    # The range of weights is wider than that of float16.
+    if blocks[0][0].dtype == tl.float16:
+        pieces = parts_of_weights(weights, weights, PRECISION)
     else:
-        pieces = parts(weights, blocks[0], PRECISION)
+        pieces = parts_of_weights(weights, blocks[0][0], PRECISION)
     new_totals = ()
     for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
-        points = blocks[i]
-        if points.dtype == tl.float16:
-            points = points.to(tl.float32)
-        total = totals[i]
-        for part in tl.static_range(len(pieces)):
-            total = dot(pieces[part], points, total, PRECISION)
-        new_totals = new_totals + (total,)
-    added = tl.sum(pieces[0].to(tl.float32), 1)
-    for part in tl.static_range(1, len(pieces)):
-        added += tl.sum(pieces[part].to(tl.float32), 1)
-    return new_totals, added
+        new_totals = new_totals + (totals[i] + pulled(pieces, blocks[i], PRECISION),)
+    return new_totals, sum_of_parts(pieces)
 
 
 @triton.jit
@@ -210,9 +203,10 @@ def backward_kernel(
     )
     begin = row_start + first
     left = rows - first
-    base = row + begin * CHANNELS
+    STRIDE: tl.constexpr = CHANNELS * (3 if PRECISION == "bf16x6" else 1)
+    base = row + begin * STRIDE
     slab = tl.program_id(1) * SLAB
-    kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
+    kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT, PRECISION)
     a = load_values(row_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     SOFTMIN: tl.constexpr = FAMILY == "softmin"
     VALUES: tl.constexpr = COUNT if SOFTMIN else 1
@@ -229,8 +223,10 @@ def backward_kernel(
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
         remaining = end - j
-        column_base = column + at * CHANNELS
-        tile = hold(column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        column_base = column + at * STRIDE
+        tile = hold(
+            column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT, PRECISION
+        )
         b = load_values(column_norms + at, remaining, BLOCK_COLUMNS, 1, float("inf"))
         d, near = measured(
             kept,
@@ -340,7 +336,7 @@ def backward_kernel(
         else:
             for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
                 channel = slab + i * SLAB
-                own = load_points(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB).to(tl.float32)
+                own = load_whole(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB, PRECISION)
                 result = (sums[:, None] * own - totals[i]) * factor[:, None]
                 store_gradient(target, left, channel, result, C, BLOCK_ROWS, SLAB)
     if slab == 0:

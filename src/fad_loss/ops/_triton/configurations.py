@@ -80,10 +80,14 @@ class Tile(NamedTuple):
 # For rows that are computed anew (`exact.py`), whatever the kernel: a few channels of all pairs are
 # in registers. Interpreted, where the number of tiles costs, as many as there are.
 EXACT = Tile(32, 32, 64, 4, 1, 0) if INTERPRETED else Tile(32, 32, 8, 4, 1, 0)
-# tf32x3 splits every operand in two, so its tiles are smaller.
+# bf16x6 has three parts of every operand, so its tiles are smaller.
 TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "direct"): (Tile(64, 32, 16, 8, 2, 0),),
-    ("reduce", "tf32x3"): (Tile(64, 64, 32, 8, 2, 32),),
+    ("reduce", "bf16x6"): (
+        Tile(128, 64, 64, 8, 3, 64),
+        Tile(64, 64, 64, 4, 3, 64),
+        Tile(128, 64, 32, 8, 3, 0),
+    ),
     ("reduce", "tf32"): (
         Tile(128, 64, 32, 8, 3, 128),
         Tile(64, 64, 32, 4, 3, 128),
@@ -96,7 +100,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, 0),
     ),
     ("backward", "direct"): (Tile(64, 32, 16, 4, 2, 0, 16),),
-    ("backward", "tf32x3"): (Tile(64, 32, 16, 4, 2, 0, 64),),
+    ("backward", "bf16x6"): (Tile(64, 32, 64, 4, 2, 0, 64), Tile(64, 32, 64, 8, 2, 0, 128)),
     ("backward", "tf32"): (
         Tile(128, 32, 32, 8, 3, 64, 64),
         Tile(64, 32, 32, 4, 3, 64, 64),
@@ -109,19 +113,18 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 32, 64, 8, 2, 0, 256),
     ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
-    # Of 64 rows, 16 columns and 8 warps Triton 3.6 makes wrong products on an H200; not of 32 rows.
-    ("double_backward", "tf32x3"): (Tile(32, 16, 32, 4, 2, 0, 64),),
+    ("double_backward", "bf16x6"): (Tile(64, 32, 32, 8, 2, 0, 64),),
     ("double_backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
     ("small_reduce", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
-    ("small_reduce", "tf32x3"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
+    ("small_reduce", "bf16x6"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
     ("small_reduce", "tf32"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
     ("small_reduce", "half"): (Tile(32, 64, 64, 4, 2), Tile(32, 128, 64, 4, 2)),
     ("small_backward", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
-    ("small_backward", "tf32x3"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
+    ("small_backward", "bf16x6"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
     ("small_backward", "tf32"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
     ("small_backward", "half"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 8, 2)),
     ("scan", "direct"): (Tile(64, 64, 16, 8, 2, 0),),
-    ("scan", "tf32x3"): (Tile(64, 64, 32, 8, 2, 32),),
+    ("scan", "bf16x6"): (Tile(128, 64, 64, 8, 3, 64), Tile(128, 64, 32, 8, 3, 0)),
     ("scan", "tf32"): (
         Tile(128, 64, 32, 8, 3, 128),
         Tile(64, 64, 32, 4, 3, 128),
@@ -134,11 +137,11 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, 0),
     ),
     ("shortlist", "direct"): (Tile(64, 64, 16, 8, 2, 0),),
-    ("shortlist", "tf32x3"): (Tile(64, 64, 32, 8, 2, 32),),
+    ("shortlist", "bf16x6"): (Tile(64, 64, 64, 8, 2, 64),),
     ("shortlist", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
     ("shortlist", "half"): (Tile(64, 64, 64, 8, 3, 64),),
     ("longlist", "direct"): (Tile(64, 32, 16, 8, 2, 0),),
-    ("longlist", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
+    ("longlist", "bf16x6"): (Tile(64, 32, 64, 8, 2, 64),),
     ("longlist", "tf32"): (Tile(64, 32, 32, 8, 3, 32),),
     ("longlist", "half"): (Tile(64, 32, 64, 8, 3, 64),),
 }
@@ -147,20 +150,20 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
 AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("small_reduce", "tf32"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 16, 4, 2)),
     ("small_backward", "tf32"): (Tile(32, 64, 16, 4, 2),),
-    ("reduce", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
+    ("reduce", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
     ("reduce", "half"): (Tile(64, 64, 64, 8, 3, 64),),
-    ("backward", "tf32x3"): (Tile(64, 16, 32, 8, 2, 32, 128),),
+    ("backward", "bf16x6"): (Tile(64, 16, 32, 8, 2, 32, 128),),
     ("backward", "tf32"): (Tile(64, 32, 16, 8, 2, 0, 128),),
     ("backward", "half"): (Tile(64, 16, 32, 8, 2, 0, 128),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
-    ("scan", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
+    ("scan", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("scan", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
     ("scan", "half"): (Tile(64, 64, 64, 8, 3, 64),),
-    ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
+    ("shortlist", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("shortlist", "tf32"): (Tile(64, 32, 32, 8, 3, 32),),
     ("shortlist", "half"): (Tile(64, 32, 64, 8, 3, 64),),
-    ("longlist", "tf32x3"): (Tile(64, 16, 32, 8, 2, 32),),
+    ("longlist", "bf16x6"): (Tile(64, 16, 32, 8, 2, 32),),
 }
 
 
@@ -179,7 +182,7 @@ BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("backward", "half"): (Tile(64, 64, 64, 8, 2, 64, 128),),
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
-    ("shortlist", "tf32x3"): (Tile(64, 32, 32, 8, 2, 32),),
+    ("shortlist", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("shortlist", "tf32"): (Tile(64, 32, 32, 8, 3, 32),),
     ("shortlist", "half"): (Tile(64, 32, 64, 8, 3, 64),),
     ("longlist", "tf32"): (Tile(64, 32, 16, 8, 3, 0),),
@@ -207,9 +210,9 @@ def format_of(form: Format, channels: int) -> str:
     """The table's name for how points are multiplied."""
     if channels <= DIRECT_CHANNELS:
         return "direct"
-    if form.storage != torch.float32:
-        return "half"
-    return "tf32x3" if form.precision == "tf32x3" else "tf32"
+    if form.precision == "bf16x6":
+        return "bf16x6"
+    return "tf32" if form.storage == torch.float32 else "half"
 
 
 def smallest_that_holds(
@@ -246,7 +249,7 @@ def run(
     them: tensors whose first axis they are. `exact`: the arguments with which it computes rows that
     have near pairs anew; without them it knows of none.
     """
-    form, channels = format_of(rows.format, rows.channels), rows.values.shape[1]
+    form, channels = format_of(rows.format, rows.channels), rows.stored
     device = rows.values.device
     table = entries(name, form, capability(device))
     tiles = tuple(table[number] for number in fitting(table, channels))

@@ -38,8 +38,8 @@ from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.tiles import (
     differences,
     hold,
-    load_points,
     load_values,
+    load_whole,
     locate,
     products,
     share,
@@ -221,13 +221,14 @@ def double_backward_kernel(
     )
     begin = row_start + first
     left = rows - first
-    base = row + begin * CHANNELS
+    STRIDE: tl.constexpr = CHANNELS * (3 if PRECISION == "bf16x6" else 1)
+    base = row + begin * STRIDE
     slab = tl.program_id(1) * SLAB
-    kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
+    kept = hold(base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT, PRECISION)
     a = load_values(row_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     if row_moves is not None:
-        moves_base = row_moves + begin * CHANNELS
-        kept_moves = hold(moves_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
+        moves_base = row_moves + begin * STRIDE
+        kept_moves = hold(moves_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT, PRECISION)
         dots = load_values(row_dots + begin, left, BLOCK_ROWS, 1, 0.0)
     else:
         moves_base = base
@@ -250,9 +251,11 @@ def double_backward_kernel(
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
         remaining = end - j
-        column_base = column + at * CHANNELS
+        column_base = column + at * STRIDE
         b = load_values(column_norms + at, remaining, BLOCK_COLUMNS, 1, float("inf"))
-        tile = hold(column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        tile = hold(
+            column_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT, PRECISION
+        )
         d, near = measured(
             kept,
             tile,
@@ -279,9 +282,15 @@ def double_backward_kernel(
         )
         flagged = tl.maximum(flagged, near)
         if column_moves is not None:
-            column_moves_base = column_moves + at * CHANNELS
+            column_moves_base = column_moves + at * STRIDE
             tile_moves = hold(
-                column_moves_base, remaining, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT
+                column_moves_base,
+                remaining,
+                CHANNELS,
+                BLOCK_COLUMNS,
+                BLOCK_CHANNELS,
+                KEPT,
+                PRECISION,
             )
             other_dots = load_values(column_dots + at, remaining, BLOCK_COLUMNS, 1, 0.0)
         else:
@@ -476,10 +485,12 @@ def double_backward_kernel(
         else:
             for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
                 channel = slab + i * SLAB
-                own = load_points(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
+                own = load_whole(base, left, channel, CHANNELS, BLOCK_ROWS, SLAB, PRECISION)
                 result = sums[:, None] * own - totals[i]
                 if row_moves is not None:
-                    own_moves = load_points(moves_base, left, channel, CHANNELS, BLOCK_ROWS, SLAB)
+                    own_moves = load_whole(
+                        moves_base, left, channel, CHANNELS, BLOCK_ROWS, SLAB, PRECISION
+                    )
                     result += delta_sums[:, None] * own_moves
                 store_gradient(target, left, channel, result * factor[:, None], C, BLOCK_ROWS, SLAB)
     if slab == 0:

@@ -92,13 +92,15 @@ class Moves:
         self.values: Tensor | None = None
         self.dots: Tensor | None = None
         if self.given is not None:
-            form = replace(points.format, center=False, rounding=_ROUNDING[points.format.precision])
-            self.values = prepare(self.given, points.clouds, form).values
-            self.dots = (points.values * self.values).sum(-1)
+            rounding = "" if points.direct else _ROUNDING[points.format.precision]
+            form = replace(points.format, center=False, rounding=rounding)
+            prepared = prepare(self.given, points.clouds, form)
+            self.values = prepared.values
+            self.dots = (points.whole() * prepared.whole()).sum(-1)
 
 
-# Directions are rounded to the multiply's format, like points.
-_ROUNDING: dict[str, Rounding] = {"tf32": "tf32", "tf32x2": "tf32", "tf32x3": ""}
+# Directions are rounded to the multiply's format, like points, if they are multiplied.
+_ROUNDING: dict[str, Rounding] = {"tf32": "tf32", "tf32x2": "tf32", "bf16x6": ""}
 
 
 def double_backward(

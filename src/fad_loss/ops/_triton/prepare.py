@@ -9,7 +9,8 @@ precision is multiplied as it is: shifting would round it again.
 =============  ==========  =========================  ======================
 inputs         precision   stored as                  multiplied as
 =============  ==========  =========================  ======================
-float32        "highest"   float32                    tf32x3 (error of float32)
+float32        "highest"   three numbers of bfloat16  six products of them
+                           (24 bits together)         (error of float32)
 float32        "high"      float32 rounded to tf32    tf32
 float32        "medium"    bfloat16                   bfloat16
 half           any         unchanged                  as they are (tf32x2:
@@ -17,7 +18,7 @@ half           any         unchanged                  as they are (tf32x2:
 =============  ==========  =========================  ======================
 
 (precision: `torch.get_float32_matmul_precision()`; accumulation is always float32.) Second
-derivatives store float32 in every case, because gradients do not fit half precision.
+derivatives store no half precision, because gradients do not fit it.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -53,6 +54,11 @@ class Format:
     precision: str
     center: bool
 
+    @property
+    def parts(self) -> int:
+        """How many numbers a channel is stored in."""
+        return 3 if self.precision == "bf16x6" else 1
+
 
 def multiply_format(dtype: torch.dtype, channels: int, *, wide: bool = False) -> Format:
     """The format for inputs of a dtype; `wide` keeps float32 storage (see the table above)."""
@@ -63,9 +69,9 @@ def multiply_format(dtype: torch.dtype, channels: int, *, wide: bool = False) ->
         return Format(torch.float32 if widen else dtype, "", "tf32x2", center=False)
     precision = float32_matmul_precision()
     if channels <= DIRECT_CHANNELS:
-        return Format(dtype, "", "tf32x3", center=False)
+        return Format(dtype, "", "tf32", center=False)
     if precision == "highest":
-        return Format(dtype, "", "tf32x3", center=True)
+        return Format(dtype if INTERPRETED else torch.bfloat16, "", "bf16x6", center=True)
     if precision == "high":
         return Format(dtype, "tf32", "tf32", center=True)
     storage = dtype if wide or INTERPRETED else torch.bfloat16
@@ -98,7 +104,7 @@ class Clouds:
 
 @dataclass(frozen=True)
 class Points:
-    """Prepared points: values (T, CHANNELS) and their squared norms (T,), 0 if there is no need.
+    """Prepared points: values (T, parts CHANNELS), squared norms (T,), 0 if there is no need.
 
     And the points as they were given, (T, C).
     """
@@ -109,6 +115,15 @@ class Points:
     clouds: Clouds
     channels: int
     format: Format
+
+    @property
+    def stored(self) -> int:
+        """Channels as stored, of each part."""
+        return self.values.shape[1] // self.format.parts
+
+    def whole(self) -> Tensor:
+        """The sum of the parts, (T, CHANNELS), in float32."""
+        return self.values.float().unflatten(1, (self.format.parts, self.stored)).sum(1)
 
     @property
     def direct(self) -> int:
@@ -186,6 +201,7 @@ def prepare_kernel(
     RAGGED: tl.constexpr,
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
+    PARTS: tl.constexpr,
     DIRECT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -218,8 +234,16 @@ def prepare_kernel(
         if ROUNDING == "bf16":
             v = v.to(tl.bfloat16).to(tl.float32)
         total += tl.sum(v * v, 1)
-        target = values + begin * CHANNELS + (point[:, None] * CHANNELS + channels[None, :])
-        tl.store(target, v.to(values.dtype.element_ty), inside & (channels < CHANNELS)[None, :])
+        there = inside & (channels < CHANNELS)[None, :]
+        own = values + begin * (PARTS * CHANNELS)
+        target = own + (point[:, None] * (PARTS * CHANNELS) + channels[None, :])
+        if PARTS == 1:
+            tl.store(target, v.to(values.dtype.element_ty), there)
+        else:
+            for part in tl.static_range(PARTS):
+                rounded = v.to(tl.bfloat16).to(tl.float32)
+                tl.store(target + part * CHANNELS, rounded.to(values.dtype.element_ty), there)
+                v -= rounded
     if DIRECT:
         # Differences need no norms; what remains is +inf after the last point, when loaded.
         total = tl.zeros((BLOCK,), tl.float32)
@@ -250,7 +274,8 @@ def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = Non
     """Prepare points (T, C) for multiplication; `center` is (clouds, CHANNELS)."""
     channels = x.shape[-1]
     stored = padded(channels)
-    values = torch.empty((clouds.total, stored), dtype=form.storage, device=x.device)
+    width = form.parts * stored
+    values = torch.empty((clouds.total, width), dtype=form.storage, device=x.device)
     norms = torch.empty(clouds.total, dtype=torch.float32, device=x.device)
     block = min(stored, 64)
     rows = 2048 // block
@@ -264,6 +289,7 @@ def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = Non
         "CHANNELS": stored,
         "CENTER": center is not None,
         "ROUNDING": form.rounding,
+        "PARTS": form.parts,
         "DIRECT": channels <= DIRECT_CHANNELS,
         "BLOCK": rows,
         "BLOCK_CHANNELS": block,
@@ -307,7 +333,7 @@ def sides(rows: Points, columns: Points, row: str = "x", column: str = "y") -> d
         f"{row}_norms": rows.norms,
         column: columns.values,
         f"{column}_norms": columns.norms,
-        "CHANNELS": rows.values.shape[1],
+        "CHANNELS": rows.stored,
         "DIRECT": rows.direct,
         "PRECISION": rows.format.precision,
     }
@@ -326,4 +352,5 @@ def close(channels: int) -> float:
 
 def given(rows: Points, columns: Points, row: str = "x", column: str = "y") -> dict[str, Any]:
     """The arguments in place of those of `sides` with which a kernel is EXACT."""
-    return {row: rows.given, column: columns.given, "CHANNELS": rows.channels}
+    points = {row: rows.given, column: columns.given}
+    return {**points, "CHANNELS": rows.channels, "PRECISION": "tf32"}

@@ -102,17 +102,18 @@ def scan_kernel(
     )
     begin = row_start + first
     left = rows - first
-    x_base = x + begin * CHANNELS
-    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
+    STRIDE: tl.constexpr = CHANNELS * (3 if PRECISION == "bf16x6" else 1)
+    x_base = x + begin * STRIDE
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT, PRECISION)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     best = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), float("inf"), tl.float32)
     where = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.int32)
     start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
-        y_base = y + at * CHANNELS
+        y_base = y + at * STRIDE
         b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
-        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT, PRECISION)
         d = squared_distances(
             kept,
             tile,
@@ -185,8 +186,9 @@ def shortlist_kernel(
     )
     begin = row_start + first
     left = rows - first
-    x_base = x + begin * CHANNELS
-    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
+    STRIDE: tl.constexpr = CHANNELS * (3 if PRECISION == "bf16x6" else 1)
+    x_base = x + begin * STRIDE
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT, PRECISION)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     point = tl.arange(0, BLOCK_ROWS)
     place = tl.arange(0, SHORT)
@@ -196,9 +198,9 @@ def shortlist_kernel(
     start, end, moved = share(columns, splits, rows_total, BLOCK_COLUMNS)
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
-        y_base = y + at * CHANNELS
+        y_base = y + at * STRIDE
         b = load_values(y_norms + at, columns - j, BLOCK_COLUMNS, 1, float("inf"))
-        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        tile = hold(y_base, columns - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT, PRECISION)
         d = squared_distances(
             kept,
             tile,

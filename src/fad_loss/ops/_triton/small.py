@@ -37,11 +37,14 @@ from fad_loss.ops._triton.prepare import (
     schedule,
 )
 from fad_loss.ops._triton.tiles import (
+    add_product,
     differences,
-    dot,
+    in_parts,
     locate,
-    parts,
+    parts_of_weights,
+    pulled,
     squared_distances,
+    sum_of_parts,
     to_tf32,
     with_own,
 )
@@ -102,6 +105,15 @@ def centered(
 
 
 @triton.jit
+def stored(points, PART: tl.constexpr, PRECISION: tl.constexpr):
+    """Points in their parts (`tiles.load_parts`), which are of the dtype PART."""
+    result = (points,)
+    if PRECISION == "bf16x6":
+        result = in_parts(points, tl.zeros((1,), PART), 3)
+    return result
+
+
+@triton.jit
 def distances(
     x,
     y,
@@ -118,6 +130,7 @@ def distances(
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
     STORAGE: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -152,6 +165,7 @@ def distances(
         some = 0
     else:
         s = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        rest = s
         for channel in range(0, CHANNELS, BLOCK_CHANNELS):
             left, right = centered(
                 x,
@@ -167,11 +181,15 @@ def distances(
                 BLOCK_COLUMNS,
                 BLOCK_CHANNELS,
             )
-            s = dot(left, tl.trans(right), s, PRECISION)
+            lefts = stored(left, PART, PRECISION)
+            rights = stored(right, PART, PRECISION)
+            s, rest = add_product(lefts, rights, s, rest, PRECISION)
             left = left.to(tl.float32)
             right = right.to(tl.float32)
             a += tl.sum(left * left, 1)
             b += tl.sum(right * right, 1)
+        if PRECISION == "bf16x6":
+            s += rest
         d = (a[:, None] + b[None, :]) - 2.0 * s
         d = tl.maximum(d, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if EXCLUDE_SELF or SAME:
@@ -215,6 +233,7 @@ def small_reduce_kernel(
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
     STORAGE: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -250,6 +269,7 @@ def small_reduce_kernel(
         CENTER,
         ROUNDING,
         STORAGE,
+        PART,
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
@@ -313,6 +333,7 @@ def small_backward_kernel(
     CENTER: tl.constexpr,
     ROUNDING: tl.constexpr,
     STORAGE: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -350,6 +371,7 @@ def small_backward_kernel(
         CENTER,
         ROUNDING,
         STORAGE,
+        PART,
         PRECISION,
         BLOCK_ROWS,
         BLOCK_COLUMNS,
@@ -414,16 +436,15 @@ def small_backward_kernel(
                 BLOCK_COLUMNS,
                 BLOCK_CHANNELS,
             )
+            others = stored(points, PART, PRECISION)
+            # The range of weights is wider than that of float16.
             if points.dtype == tl.float16:
-                # The range of weights is wider than that of float16; tf32 holds both.
-                points = points.to(tl.float32)
-            pieces = parts(weights, points, PRECISION)
-            total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-            sums = tl.zeros((BLOCK_ROWS,), tl.float32)
-            for part in tl.static_range(len(pieces)):
-                total = dot(pieces[part], points, total, PRECISION)
-                sums += tl.sum(pieces[part].to(tl.float32), 1)
-            result = (sums[:, None] * own.to(tl.float32) - total) * factor[:, None]
+                pieces = parts_of_weights(weights, weights, PRECISION)
+            else:
+                pieces = parts_of_weights(weights, others[0], PRECISION)
+            total = pulled(pieces, others, PRECISION)
+            result = sum_of_parts(pieces)[:, None] * own.to(tl.float32) - total
+            result *= factor[:, None]
             store_gradient(target, left, channel, result, C, BLOCK_ROWS, BLOCK_CHANNELS)
 
 
@@ -446,7 +467,8 @@ def _run(name: str, kernel: Any, x: Tensor, y: Tensor, arguments: dict[str, Any]
         "SAME": one_set(x, y) and not arguments["EXCLUDE_SELF"] and channels > DIRECT_CHANNELS,
         "CENTER": form.center,
         "ROUNDING": form.rounding,
-        "STORAGE": _STORAGE[form.storage],
+        "STORAGE": tl.float32 if form.parts > 1 else _STORAGE[form.storage],
+        "PART": _STORAGE[form.storage],
         "PRECISION": form.precision,
     }
     arguments = {**arguments, **where, **points, **tile.arguments(padded(channels))}

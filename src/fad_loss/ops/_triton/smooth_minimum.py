@@ -95,8 +95,9 @@ def softmin_kernel(
     )
     begin = row_start + first
     left = rows - first
-    x_base = x + begin * CHANNELS
-    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT)
+    STRIDE: tl.constexpr = CHANNELS * (3 if PRECISION == "bf16x6" else 1)
+    x_base = x + begin * STRIDE
+    kept = hold(x_base, left, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, KEPT, PRECISION)
     a = load_values(x_norms + begin, left, BLOCK_ROWS, 1, 0.0)
     smallest = ()
     sums = ()
@@ -109,9 +110,9 @@ def softmin_kernel(
     flagged = tl.zeros((BLOCK_ROWS,), tl.int32)
     for j in range(start, end, BLOCK_COLUMNS):
         at = column_start + j
-        y_base = y + at * CHANNELS
+        y_base = y + at * STRIDE
         b = load_values(y_norms + at, end - j, BLOCK_COLUMNS, 1, float("inf"))
-        tile = hold(y_base, end - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT)
+        tile = hold(y_base, end - j, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, KEPT, PRECISION)
         d, near = measured(
             kept,
             tile,

@@ -89,6 +89,7 @@ def load_points(
     left,
     channel,
     CHANNELS: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -98,7 +99,45 @@ def load_points(
     inside = (point < left)[:, None]
     if CHANNELS % BLOCK_CHANNELS != 0:
         inside = inside & (channels < CHANNELS)[None, :]
-    return tl.load(base + (point[:, None] * CHANNELS + channels[None, :]), mask=inside, other=0.0)
+    return tl.load(base + (point[:, None] * STRIDE + channels[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def load_parts(
+    base,
+    left,
+    channel,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The parts that the points are stored in (`prepare.py`): three, or the points themselves."""
+    PARTS: tl.constexpr = 3 if PRECISION == "bf16x6" else 1
+    result = ()
+    for part in tl.static_range(PARTS):
+        own = base + part * CHANNELS
+        points = load_points(own, left, channel, CHANNELS, PARTS * CHANNELS, BLOCK, BLOCK_CHANNELS)
+        result = result + (points,)
+    return result
+
+
+@triton.jit
+def load_whole(
+    base,
+    left,
+    channel,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sum of the parts, in float32."""
+    pieces = load_parts(base, left, channel, CHANNELS, BLOCK, BLOCK_CHANNELS, PRECISION)
+    total = pieces[0].to(tl.float32)
+    for part in tl.static_range(1, len(pieces)):
+        total += pieces[part].to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -116,12 +155,14 @@ def hold(
     BLOCK: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     KEPT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """The blocks of points that stay, if there is room for all, or none."""
+    """The blocks of points that stay, each in all its parts, if there is room for all, or none."""
     blocks = ()
     if CHANNELS <= KEPT:
         for i in tl.static_range(CHANNELS // BLOCK_CHANNELS):
-            block = load_points(base, left, i * BLOCK_CHANNELS, CHANNELS, BLOCK, BLOCK_CHANNELS)
+            channel = i * BLOCK_CHANNELS
+            block = load_parts(base, left, channel, CHANNELS, BLOCK, BLOCK_CHANNELS, PRECISION)
             blocks = blocks + (block,)
     return blocks
 
@@ -143,15 +184,41 @@ def products(
 ):
     """The products x_i . y_j of a tile, of blocks that are there (`hold`) or else are read."""
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    rest = total
     if CHANNELS <= KEPT:
         for i in tl.static_range(CHANNELS // BLOCK_CHANNELS):
-            total = dot(rows[i], tl.trans(columns[i]), total, PRECISION)
+            total, rest = add_product(rows[i], columns[i], total, rest, PRECISION)
     else:
         for channel in range(0, CHANNELS, BLOCK_CHANNELS):
-            left = load_points(x, rows_left, channel, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS)
-            right = load_points(y, columns_left, channel, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS)
-            total = dot(left, tl.trans(right), total, PRECISION)
+            left = load_parts(
+                x, rows_left, channel, CHANNELS, BLOCK_ROWS, BLOCK_CHANNELS, PRECISION
+            )
+            right = load_parts(
+                y, columns_left, channel, CHANNELS, BLOCK_COLUMNS, BLOCK_CHANNELS, PRECISION
+            )
+            total, rest = add_product(left, right, total, rest, PRECISION)
+    if PRECISION == "bf16x6":
+        total += rest
     return total
+
+
+@triton.jit
+def add_product(left, right, total, rest, PRECISION: tl.constexpr):
+    """Add left @ right.T of points in their parts; what small parts add goes to `rest`.
+
+    Of nine products of parts those three are left out that are below the last digit of float32.
+    Sums of small numbers apart lose none of theirs to the large ones.
+    """
+    if PRECISION == "bf16x6":
+        rest = tl.dot(left[2], tl.trans(right[0]), rest)
+        rest = tl.dot(left[0], tl.trans(right[2]), rest)
+        rest = tl.dot(left[1], tl.trans(right[1]), rest)
+        rest = tl.dot(left[1], tl.trans(right[0]), rest)
+        rest = tl.dot(left[0], tl.trans(right[1]), rest)
+        total = tl.dot(left[0], tl.trans(right[0]), total)
+    else:
+        total = tl.dot(left[0], tl.trans(right[0]), total, input_precision="tf32")
+    return total, rest
 
 
 @triton.jit
@@ -250,17 +317,28 @@ def to_tf32(v):
 
 
 @triton.jit
-def parts(weights, like, PRECISION: tl.constexpr):
+def in_parts(values, like, COUNT: tl.constexpr):
+    """COUNT numbers of bfloat16, in the dtype of `like`, whose sum is close to the values."""
+    result = ()
+    left = values
+    for _ in tl.static_range(COUNT):
+        part = left.to(tl.bfloat16)
+        left -= part.to(tl.float32)
+        result = result + (part.to(like.dtype),)
+    return result
+
+
+@triton.jit
+def parts_of_weights(weights, like, PRECISION: tl.constexpr):
     """A weight tile as the numbers that are multiplied, one after another.
 
-    Beside points of half precision they are two, whose sum has twice the digits of one: rounded
-    once, they would cost as much accuracy again as the result's own dtype does.
+    Beside half precision they are two, whose sum has twice the digits of one: rounded once, they
+    would cost as much accuracy again as half precision does.
     """
-    if like.dtype == tl.bfloat16:
-        high = weights.to(tl.bfloat16)
-        result = (high, (weights - high.to(tl.float32)).to(tl.bfloat16))
-    elif PRECISION == "tf32x3":
-        result = (weights,)
+    if PRECISION == "bf16x6":
+        result = in_parts(weights, like, 3)
+    elif like.dtype == tl.bfloat16:
+        result = in_parts(weights, like, 2)
     else:
         high = to_tf32(weights)
         result = (high, to_tf32(weights - high)) if PRECISION == "tf32x2" else (high,)
@@ -268,10 +346,32 @@ def parts(weights, like, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot(left, right, total, PRECISION: tl.constexpr):
-    """Total + left @ right. What "tf32x2" is multiplied with has been split (`parts`)."""
-    if PRECISION == "tf32x2":
-        total = tl.dot(left, right, total, input_precision="tf32")
+def pulled(weights, points, PRECISION: tl.constexpr):
+    """Weights @ points, of a tile of weights and points in their parts."""
+    ROWS: tl.constexpr = weights[0].shape[0]
+    CHANNELS: tl.constexpr = points[0].shape[1]
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    if PRECISION == "bf16x6":
+        total = tl.dot(weights[2], points[0], total)
+        total = tl.dot(weights[0], points[2], total)
+        total = tl.dot(weights[1], points[1], total)
+        total = tl.dot(weights[1], points[0], total)
+        total = tl.dot(weights[0], points[1], total)
+        total = tl.dot(weights[0], points[0], total)
     else:
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        whole = points[0]
+        # The range of weights is wider than that of float16; tf32 holds both.
+        if whole.dtype == tl.float16:
+            whole = whole.to(tl.float32)
+        for part in tl.static_range(len(weights)):
+            total = tl.dot(weights[part], whole, total, input_precision="tf32")
+    return total
+
+
+@triton.jit
+def sum_of_parts(weights):
+    """The sums of the rows of weights in parts, as they are multiplied."""
+    total = tl.sum(weights[0].to(tl.float32), 1)
+    for part in tl.static_range(1, len(weights)):
+        total += tl.sum(weights[part].to(tl.float32), 1)
     return total
