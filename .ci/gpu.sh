@@ -20,7 +20,7 @@ PYTHON=${1:-python3}
 LIMIT=${LIMIT:-540}
 REHEARSE=${REHEARSE:-0}
 WORKERS=${WORKERS:-$(nproc)}
-[ "$WORKERS" -le 8 ] || WORKERS=8
+[ "$WORKERS" -le 14 ] || WORKERS=14
 sources=$(find src tests benchmarks -name '*.py' -type f | LC_ALL=C sort | xargs cat | sha256sum | cut -c 1-12)
 [ "$REHEARSE" = 0 ] || sources=rehearsal-$sources
 state=build/gpu/$sources

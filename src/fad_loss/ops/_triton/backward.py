@@ -25,6 +25,7 @@ import triton.language as tl
 from fad_loss.ops._triton.exact import add_pulls, measured, rows_to_do, scale_pulls
 from fad_loss.ops._triton.launch import SIZES
 from fad_loss.ops._triton.tiles import (
+    add_pulled,
     differences,
     hold,
     load_parts,
@@ -32,7 +33,6 @@ from fad_loss.ops._triton.tiles import (
     load_whole,
     locate,
     parts_of_weights,
-    pulled,
     share,
     sum_of_parts,
     with_own,
@@ -71,7 +71,7 @@ def multiply(
         pieces = parts_of_weights(weights, blocks[0][0], PRECISION)
     new_totals = ()
     for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
-        new_totals = new_totals + (totals[i] + pulled(pieces, blocks[i], PRECISION),)
+        new_totals = new_totals + (add_pulled(pieces, blocks[i], totals[i], PRECISION),)
     return new_totals, sum_of_parts(pieces)
 
 

@@ -84,7 +84,7 @@ EXACT = Tile(32, 32, 64, 4, 1, 0) if INTERPRETED else Tile(32, 32, 8, 4, 1, 0)
 TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "direct"): (Tile(64, 32, 16, 8, 2, 0),),
     ("reduce", "bf16x6"): (
-        Tile(128, 64, 64, 8, 3, 64),
+        Tile(128, 64, 64, 8, 2, 64),
         Tile(64, 64, 64, 4, 3, 64),
         Tile(128, 64, 32, 8, 3, 0),
     ),
@@ -100,7 +100,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, 0),
     ),
     ("backward", "direct"): (Tile(64, 32, 16, 4, 2, 0, 16),),
-    ("backward", "bf16x6"): (Tile(64, 32, 64, 4, 2, 0, 64), Tile(64, 32, 64, 8, 2, 0, 128)),
+    ("backward", "bf16x6"): (Tile(128, 32, 64, 8, 3, 64, 64), Tile(128, 32, 32, 8, 3, 0, 128)),
     ("backward", "tf32"): (
         Tile(128, 32, 32, 8, 3, 64, 64),
         Tile(64, 32, 32, 4, 3, 64, 64),
@@ -113,7 +113,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 32, 64, 8, 2, 0, 256),
     ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
-    ("double_backward", "bf16x6"): (Tile(64, 32, 32, 8, 2, 0, 64),),
+    ("double_backward", "bf16x6"): (Tile(64, 16, 64, 4, 2, 0, 64),),
     ("double_backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
     ("small_reduce", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
     ("small_reduce", "bf16x6"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
@@ -137,7 +137,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 64, 64, 8, 3, 0),
     ),
     ("shortlist", "direct"): (Tile(64, 64, 16, 8, 2, 0),),
-    ("shortlist", "bf16x6"): (Tile(64, 64, 64, 8, 2, 64),),
+    ("shortlist", "bf16x6"): (Tile(64, 32, 64, 4, 2, 64),),
     ("shortlist", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
     ("shortlist", "half"): (Tile(64, 64, 64, 8, 3, 64),),
     ("longlist", "direct"): (Tile(64, 32, 16, 8, 2, 0),),

@@ -123,7 +123,8 @@ class Points:
 
     def whole(self) -> Tensor:
         """The sum of the parts, (T, CHANNELS), in float32."""
-        return self.values.float().unflatten(1, (self.format.parts, self.stored)).sum(1)
+        parts = self.values.view(-1, self.format.parts, self.stored)
+        return parts.sum(1, dtype=torch.float32)
 
     @property
     def direct(self) -> int:
@@ -306,19 +307,21 @@ def prepare_pair(
     *,
     wide: bool = False,
 ) -> tuple[Points, Points]:
-    """Both sides, relative to the same point of each cloud."""
+    """Both sides, relative to the same point of each cloud; one object, where they are one set."""
+    same = one_set(x, y) and (x_offsets is None or one_set(x_offsets, y_offsets))
     x_clouds, y_clouds = Clouds.of(x, x_offsets), Clouds.of(y, y_offsets)
     x, y = flat(x), flat(y)
     form = multiply_format(x.dtype, x.shape[-1], wide=wide)
     center = None
     if form.center and y_clouds.count:
         center = _center(y, y_clouds, padded(x.shape[-1]))
-    return prepare(x, x_clouds, form, center), prepare(y, y_clouds, form, center)
+    columns = prepare(y, y_clouds, form, center)
+    return columns if same else prepare(x, x_clouds, form, center), columns
 
 
-def one_set(x: Tensor, y: Tensor) -> bool:
-    """Whether both are the same points in the same memory."""
-    return x.device.type != "meta" and x.is_set_to(y)
+def one_set(x: Tensor, y: Tensor | None) -> bool:
+    """Whether both are the same numbers in the same memory."""
+    return y is not None and x.device.type != "meta" and x.is_set_to(y)
 
 
 def flat(t: Tensor) -> Tensor:
@@ -341,7 +344,7 @@ def sides(rows: Points, columns: Points, row: str = "x", column: str = "y") -> d
 
 def resolution(rows: Points, columns: Points, *, exclude_self: bool) -> dict[str, Any]:
     """What those kernels have besides that compute near pairs anew (`exact.py`)."""
-    same = one_set(rows.given, columns.given) and not exclude_self and not rows.direct
+    same = rows is columns and not exclude_self and not rows.direct
     return {"C": rows.channels, "CLOSE": close(rows.channels), "SAME": same}
 
 

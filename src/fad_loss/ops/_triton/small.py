@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fad_loss.ops._triton.backward import store_each, store_gradient, store_values
 from fad_loss.ops._triton.configurations import smallest_that_holds
-from fad_loss.ops._triton.exact import exact_distances, exact_pulls, near_rows
+from fad_loss.ops._triton.exact import exact_pulls
 from fad_loss.ops._triton.launch import SIZES, launch
 from fad_loss.ops._triton.prepare import (
     DIRECT_CHANNELS,
@@ -36,16 +36,13 @@ from fad_loss.ops._triton.prepare import (
     padded,
     schedule,
 )
+from fad_loss.ops._triton.small_tiles import FEW, centered, distances, stored
 from fad_loss.ops._triton.tiles import (
-    add_product,
+    add_pulled,
     differences,
-    in_parts,
     locate,
     parts_of_weights,
-    pulled,
-    squared_distances,
     sum_of_parts,
-    to_tf32,
     with_own,
 )
 from fad_loss.ops._triton.weights import (
@@ -62,146 +59,7 @@ from fad_loss.ops._triton.weights import (
 
 # The most columns of a tile.
 LARGEST = 128
-# Channels of all pairs of a tile that are in registers together.
-FEW = tl.constexpr(2)
 _STORAGE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def centered(
-    x,
-    y,
-    rows,
-    columns,
-    channel,
-    C: tl.constexpr,
-    CENTER: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    STORAGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """BLOCK_CHANNELS channels of the rows and of all columns, as `prepare_kernel` leaves them."""
-    row = tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_COLUMNS)
-    channels = channel + tl.arange(0, BLOCK_CHANNELS)
-    present = (channels < C)[None, :]
-    inside = (column < columns)[:, None] & present
-    own = x + (row[:, None] * C + channels[None, :])
-    left = tl.load(own, (row < rows)[:, None] & present, 0.0).to(tl.float32)
-    right = tl.load(y + (column[:, None] * C + channels[None, :]), inside, 0.0).to(tl.float32)
-    if CENTER:
-        mean = tl.sum(right, 0) / tl.maximum(columns, 1).to(tl.float32)
-        left -= mean[None, :]
-        right = tl.where(inside, right - mean[None, :], 0.0)
-    if ROUNDING == "tf32":
-        left = to_tf32(left)
-        right = to_tf32(right)
-    if ROUNDING == "bf16":
-        left = left.to(tl.bfloat16).to(tl.float32)
-        right = right.to(tl.bfloat16).to(tl.float32)
-    return left.to(STORAGE), right.to(STORAGE)
-
-
-@triton.jit
-def stored(points, PART: tl.constexpr, PRECISION: tl.constexpr):
-    """Points in their parts (`tiles.load_parts`), which are of the dtype PART."""
-    result = (points,)
-    if PRECISION == "bf16x6":
-        result = in_parts(points, tl.zeros((1,), PART), 3)
-    return result
-
-
-@triton.jit
-def distances(
-    x,
-    y,
-    rows,
-    columns,
-    first,
-    scale,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    DIRECT: tl.constexpr,
-    CLOSE: tl.constexpr,
-    EXCLUDE_SELF: tl.constexpr,
-    SAME: tl.constexpr,
-    CENTER: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    STORAGE: tl.constexpr,
-    PART: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """d_ij of a tile, and whether a pair is near (0 or 1): then all are from differences.
-
-    +inf after the last column, and, EXCLUDE_SELF, for a point and itself.
-    """
-    a = tl.zeros((BLOCK_ROWS,), tl.float32)
-    b = tl.where(tl.arange(0, BLOCK_COLUMNS) < columns, 0.0, float("inf"))
-    if DIRECT > 0:
-        d = squared_distances(
-            (),
-            (),
-            x,
-            y,
-            a,
-            b,
-            rows,
-            columns,
-            first,
-            C,
-            DIRECT,
-            EXCLUDE_SELF,
-            BLOCK_ROWS,
-            BLOCK_COLUMNS,
-            BLOCK_CHANNELS,
-            0,
-            PRECISION,
-        )
-        some = 0
-    else:
-        s = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        rest = s
-        for channel in range(0, CHANNELS, BLOCK_CHANNELS):
-            left, right = centered(
-                x,
-                y,
-                rows,
-                columns,
-                channel,
-                C,
-                CENTER,
-                ROUNDING,
-                STORAGE,
-                BLOCK_ROWS,
-                BLOCK_COLUMNS,
-                BLOCK_CHANNELS,
-            )
-            lefts = stored(left, PART, PRECISION)
-            rights = stored(right, PART, PRECISION)
-            s, rest = add_product(lefts, rights, s, rest, PRECISION)
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-            a += tl.sum(left * left, 1)
-            b += tl.sum(right * right, 1)
-        if PRECISION == "bf16x6":
-            s += rest
-        d = (a[:, None] + b[None, :]) - 2.0 * s
-        d = tl.maximum(d, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if EXCLUDE_SELF or SAME:
-            d = with_own(d, first, float("inf"), BLOCK_ROWS, BLOCK_COLUMNS)
-        some = tl.max(near_rows(d, a, b, scale, CLOSE), 0)
-        if some > 0:
-            d = exact_distances(x, y, rows, columns, C, BLOCK_ROWS, BLOCK_COLUMNS, FEW)
-            if EXCLUDE_SELF:
-                d = with_own(d, first, float("inf"), BLOCK_ROWS, BLOCK_COLUMNS)
-        elif SAME:
-            d = with_own(d, first, 0.0, BLOCK_ROWS, BLOCK_COLUMNS)
-    return d, some
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -442,7 +300,8 @@ def small_backward_kernel(
                 pieces = parts_of_weights(weights, weights, PRECISION)
             else:
                 pieces = parts_of_weights(weights, others[0], PRECISION)
-            total = pulled(pieces, others, PRECISION)
+            zeros = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+            total = add_pulled(pieces, others, zeros, PRECISION)
             result = sum_of_parts(pieces)[:, None] * own.to(tl.float32) - total
             result *= factor[:, None]
             store_gradient(target, left, channel, result, C, BLOCK_ROWS, BLOCK_CHANNELS)

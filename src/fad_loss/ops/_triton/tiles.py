@@ -346,18 +346,19 @@ def parts_of_weights(weights, like, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pulled(weights, points, PRECISION: tl.constexpr):
-    """Weights @ points, of a tile of weights and points in their parts."""
-    ROWS: tl.constexpr = weights[0].shape[0]
-    CHANNELS: tl.constexpr = points[0].shape[1]
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+def add_pulled(weights, points, total, PRECISION: tl.constexpr):
+    """Add weights @ points, of a tile of weights and points in their parts.
+
+    Matrix units drop the last digits of what they add to a sum. In float32 a tile is summed up for
+    itself, so that there are few such steps.
+    """
     if PRECISION == "bf16x6":
-        total = tl.dot(weights[2], points[0], total)
-        total = tl.dot(weights[0], points[2], total)
-        total = tl.dot(weights[1], points[1], total)
-        total = tl.dot(weights[1], points[0], total)
-        total = tl.dot(weights[0], points[1], total)
-        total = tl.dot(weights[0], points[0], total)
+        own = tl.dot(weights[2], points[0])
+        own = tl.dot(weights[0], points[2], own)
+        own = tl.dot(weights[1], points[1], own)
+        own = tl.dot(weights[1], points[0], own)
+        own = tl.dot(weights[0], points[1], own)
+        total += tl.dot(weights[0], points[0], own)
     else:
         whole = points[0]
         # The range of weights is wider than that of float16; tf32 holds both.
