@@ -18,6 +18,7 @@ set -u
 cd "$(dirname "$0")/.."
 PYTHON=${1:-python3}
 LIMIT=${LIMIT:-540}
+TESTS=${TESTS:-tests/ops tests/kernels/test_gpu.py}
 REHEARSE=${REHEARSE:-0}
 WORKERS=${WORKERS:-$(nproc)}
 [ "$WORKERS" -le 14 ] || WORKERS=14
@@ -74,7 +75,7 @@ tests() {
         FAD_GPU_SHARE=$share/$WORKERS FAD_GPU_DEADLINE=$((end - 15)) \
             FAD_GPU_RESULTS=$state/tests-$share.jsonl \
             timeout -k 5 "$(left)" $PYTHON -m pytest -q -m gpu -p no:cacheprovider -p gpu_shares -o addopts= -W default \
-            --tb=short tests/kernels/test_gpu.py tests/ops >"$state/tests-$share.log" 2>&1 &
+            --tb=short $TESTS >"$state/tests-$share.log" 2>&1 &
         running="$running $!"
         share=$((share + 1))
     done

@@ -73,7 +73,7 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # Formats, each with the channels that can make a difference.
 FORMATS = {
     "direct": (torch.float32, "highest", (3,)),
-    "bf16x6": (torch.float32, "highest", (32, 256)),
+    "bf16x6": (torch.float32, "highest", (32, 64, 256)),
     "tf32": (torch.float32, "high", (32, 64, 128, 256, 512)),
     "half": (torch.bfloat16, "high", (64, 128, 256, 512)),
 }
@@ -302,7 +302,8 @@ def used(
             # Of those that are kept the most are the worst; where blocks are reread the loop is the
             # same from two on.
             kept = stored <= tiles[number].all_kept
-            reread = () if kept else tuple(tiles[number].arguments(stored).items())
+            tile = tiles[number].arguments(stored)
+            reread = () if kept else (stored == tile["BLOCK_CHANNELS"], *tile.items())
             forms[number, kept, reread] = number, channels
     yield from forms.values()
 

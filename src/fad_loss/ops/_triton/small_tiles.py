@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fad_loss.ops._triton.exact import exact_distances, near_rows
+from fad_loss.ops._triton.launch import INTERPRETED
 from fad_loss.ops._triton.tiles import (
     add_product,
     in_parts,
@@ -17,7 +18,7 @@ from fad_loss.ops._triton.tiles import (
 )
 
 # Channels of all pairs of a tile that are in registers together.
-FEW = tl.constexpr(2)
+FEW = tl.constexpr(64 if INTERPRETED else 2)
 
 
 @triton.jit
