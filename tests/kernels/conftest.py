@@ -6,4 +6,4 @@ import os
 
 collect_ignore = ["compiled.py", "sanitized.py"]
 if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore.append("interpreted.py")
+    collect_ignore += ["interpreted.py", "interpreted_near.py"]

@@ -1,4 +1,4 @@
-"""In Triton's interpreter: near pairs, computed anew, and the sums of a search's gradient.
+"""In Triton's interpreter: near pairs, whose rows are computed anew.
 
 `test_interpreter.py` runs this file as it does `interpreted.py`.
 """
@@ -12,7 +12,7 @@ import torch
 
 from fad_loss import ops, ragged
 from fad_loss.ops import Energy, Gaussian, InverseMultiquadric, Laplacian, _backends
-from fad_loss.ops._triton import configurations, prepare, small, spread
+from fad_loss.ops._triton import configurations, prepare, small
 from fad_loss.ops._triton.launch import INTERPRETED
 
 if not INTERPRETED:
@@ -42,7 +42,7 @@ def _on_the_cpu(monkeypatch):
     monkeypatch.setattr(_backends, "why_not", lambda *_: None)
 
 
-@pytest.fixture(params=[small.LARGEST, 0], ids=["one tile", "tiles"])
+@pytest.fixture(params=[small.LARGEST, 0], ids=["small", "tiles"])
 def route(request, monkeypatch):
     """Small clouds as small ones, and tile by tile like large ones."""
     monkeypatch.setattr(small, "LARGEST", request.param)
@@ -170,17 +170,3 @@ def test_parts_add_up_to_the_points():
     shifted = points.whole()[:, :20] - points.whole()[:1, :20]
     torch.testing.assert_close(shifted, centered, rtol=0, atol=1e-3)
     assert (points.whole()[:, 20:] == 0).all()
-
-
-@pytest.mark.parametrize("C, rows", [(1, 1), (3, 40), (130, 7)])
-def test_rows_that_go_to_the_same_place_are_added_up(C, rows):
-    values, where = torch.randn(90, C), torch.randint(rows, (90,))
-    want = torch.zeros(rows, C).index_add(0, where, values)
-    torch.testing.assert_close(spread.add_at(values, where, rows), want)
-    nothing = spread.add_at(values[:0], where[:0], rows)
-    assert torch.equal(nothing, torch.zeros(rows, C))
-
-
-def test_the_gradient_of_a_search_and_its_own():
-    x, y = torch.randn(2, 9, 5).requires_grad_(), torch.randn(2, 6, 5).requires_grad_()
-    compare(lambda a, b, **o: ops.knn(a, b, 3, **o)[0], x, y, 1e-5)

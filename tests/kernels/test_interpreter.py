@@ -1,4 +1,7 @@
-"""The kernels without a GPU: `interpreted.py`, in a process where triton is its own interpreter."""
+"""The kernels without a GPU, in a process where triton is its own interpreter.
+
+The files that such a process runs are `interpreted.py` and `interpreted_near.py`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ PARTS = {
     "search": "knn or nearest or ties or list",
 }
 PARTS["rest"] = " and ".join(f"not ({part})" for part in PARTS.values())
+FILES = {part: "interpreted.py" for part in PARTS}
+PARTS |= {"near, small": "small", "near, tiles": "not small"}
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -37,7 +42,7 @@ def test_in_the_interpreter(part):
         # Tracing the interpreter triples the time, for a few lines of ours that "rest" does not do.
         environment.pop("COVERAGE_PROCESS_CONFIG", None)
     done = subprocess.run(
-        [*command, str(HERE / "interpreted.py")],
+        [*command, str(HERE / FILES.get(part, "interpreted_near.py"))],
         env=environment,
         cwd=HERE.parents[1],
         capture_output=True,

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import BACKENDS, FUSED, INTERPRETED, device_of
-
-from fad_loss.ops import _backends
+from op_cases import BACKENDS, FUSED, device_of
 
 HERE = Path(__file__).parent
 
@@ -28,13 +26,6 @@ def fused(request):
 def device(request):
     name = "backend" if "backend" in request.fixturenames else "fused"
     return device_of(request.getfixturevalue(name))
-
-
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    """In Triton's interpreter the kernels take tensors of the CPU."""
-    if INTERPRETED:
-        monkeypatch.setattr(_backends, "why_not", lambda *_: None)
 
 
 # Tests that are in float64 throughout, by module: the kernels, which stop at float32, have the

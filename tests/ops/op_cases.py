@@ -6,7 +6,6 @@ read as the definition of each operation.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,12 +26,8 @@ BACKENDS = ["dense", *FUSED]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-# In Triton's interpreter the kernels are tested on the CPU (tests/kernels/test_interpreter.py).
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+    return "cuda" if backend == "triton" else "cpu"
 
 
 def widest(backend: str) -> torch.dtype:

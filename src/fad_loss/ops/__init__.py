@@ -98,8 +98,9 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         that lie far from the origin), and on a CPU a tile of 2 MiB, or of 64 rows if those are
         more; a GPU reads x once and y once per tile of 64 or 128 rows, mostly from its L2 cache;
         where these are too few to fill it, several programs share the columns of each.
-        float32 products on a GPU follow ``torch.set_float32_matmul_precision``: tf32x3 for
-        "highest", tf32 for "high", bfloat16 for "medium"; half precision is multiplied as it is.
+        float32 products on a GPU follow ``torch.set_float32_matmul_precision``: six products of
+        bfloat16 parts for "highest", which are as exact as float32, tf32 for "high", bfloat16 for
+        "medium"; half precision is multiplied as it is.
         Only the screening becomes coarser. float64 on a GPU takes the tiled path.
 
     Example:
@@ -227,8 +228,8 @@ def kernel_mean(
         2 N M C flops a cloud forward, and one exponential or root per pair; Gaussian bandwidths
         whose ratios are powers of 2 or of its root share one exponential. The backward pass
         recomputes each pair's weight: 4 N M C flops for the gradient of x and as much for that of
-        y; on a GPU wider points (from 64 channels on in float32, 128 in tf32, 256 in half
-        precision) recompute it once for each so many channels. Second derivatives take 10 N M C.
+        y; on a GPU wider points (from 128 channels on in float32, 256 in half precision)
+        recompute it once for each so many channels. Second derivatives take 10 N M C.
         Beyond results and gradients, memory holds centered copies of the points, and on a CPU tiles
         of 1 MiB; nothing of size N x M. On a GPU each side's gradient is summed by rows, without
         atomics. float32 products follow ``torch.set_float32_matmul_precision`` as in `nearest` on a
@@ -249,8 +250,9 @@ def kernel_mean(
         clouds (``benchmarks/against.py --data clusters``), and only what float64 does not resolve
         channel by channel, which takes many times as long. Where s is not small beside the norms
         nothing is looked at. On other devices "tiled" multiplies float32 in float64, and sums
-        differences of float64. The Triton kernels center once a cloud, and their error is relative
-        to the points' norms from there.
+        differences of float64. The Triton kernels compute rows with such pairs anew from
+        differences, which takes some ten times as long for these rows; under tf32 or bfloat16
+        products ("high", "medium") other distances are those of points rounded so.
 
     Example:
         >>> x = torch.tensor([[[0.0]]])

@@ -74,8 +74,8 @@ ESTIMATES: Final = {
     "10": Machine(2e13, 7e13, 7e14, 1.4e15, 1.6e12, 5e11, 4.5e12, 1e-4),
     "12": Machine(1e12, 4e13, 7e13, 1.5e14, 2e12, 1.1e11, 6e12, 1e-4),
 }
-# Products of three terms, which the kernels take for float32.
-SPLIT: Final = 3
+# Products of bfloat16 that the kernels take for one of float32.
+SPLIT: Final = 6
 
 
 def cost(
@@ -217,7 +217,7 @@ class _Shape:
             return machine.half
         precision = float32_matmul_precision()
         formats = {"high": machine.tf32, "medium": machine.half}
-        return formats.get(precision, machine.tf32 / SPLIT)
+        return formats.get(precision, machine.half / SPLIT)
 
     def bytes(self, backend: str, device: torch.device, *, searches: bool) -> int:
         """Of copies and of tiles."""
@@ -227,7 +227,9 @@ class _Shape:
             return int(self.pairs * wide * (self.channels * (3 if self.backward else 2) + 2))
         if backend == "triton":
             lists = self.rows * 4 * max(8, 2 * self.k) if searches else 0
-            return int(points * (max(self.size, 2) * max(self.channels, 16) + 4) + lists)
+            split = self.dtype == torch.float32 and float32_matmul_precision() == "highest"
+            size = 6 if split and self.channels > 16 else self.size  # three parts of two bytes
+            return int(points * (size * max(self.channels, 16) + 5) + lists)
         wide = 8 if device.type != "cpu" else max(self.size, 4)
         tile = 16 << 20 if searches else 4 << 20
         return int(points * wide * (self.channels + 1) * (2 if self.backward else 1) + tile)

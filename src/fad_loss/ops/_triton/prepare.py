@@ -2,7 +2,7 @@
 
 |x|^2 + |y|^2 - 2 xy cancels when clouds lie far from the origin, and the matrix units truncate what
 does not fit their format. So float32 points lose the mean of y, are rounded to nearest, and only
-then have their norms taken: norms and products see the same numbers. The mean of 1024 evenly spaced
+then have their norms taken: norms and products see the same numbers. The mean of 256 evenly spaced
 points of y is as good as that of all (any common shift is exact; it only has to be close). Half
 precision is multiplied as it is: shifting would round it again.
 
@@ -41,7 +41,7 @@ from fad_loss.ops._triton.tiles import locate, to_tf32
 
 # Up to this many channels distances are sums of differences, without a matrix product.
 DIRECT_CHANNELS = 16
-SAMPLE = 1024
+SAMPLE = 256
 Rounding = Literal["", "tf32", "bf16"]
 
 
