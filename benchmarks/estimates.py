@@ -48,8 +48,6 @@ UNITS = {
     100: Unit(8192, 4096, 25),
     120: Unit(1024, 512, 25),
 }
-# Products of three terms: a float32 is the sum of two tf32 numbers.
-TERMS = {"bf16x6": 6}
 # Products of a tile with the columns: for distances, and of its weights with the points.
 DISTANCES = {"double_backward_kernel": 3}
 GRADIENTS = {"backward_kernel": 1, "small_backward_kernel": 1, "double_backward_kernel": 2}
@@ -69,34 +67,36 @@ def limits(
     if small and loop[1] == 0:
         # Its loops are over channels, and one tile has all columns.
         instructions = loop[0] * rounds
-    storage = _storage(arguments)
+    points = arguments["x"] if "x" in arguments else arguments["row"]
+    storage: int = points.element_size()
+    # A float32 is the sum of three numbers of bfloat16, and a product that of six products of them.
+    six = arguments["PRECISION"] == "bf16x6"
+    each = 6 if six else 1
+    # Beside half precision weights are in two parts.
+    halves = storage == 2 or arguments["PRECISION"] == "tf32x2"
+    pulled = 2 if halves and not six else each
+    exact = bool(arguments.get("EXACT"))
     # Of wide points a program has SLAB channels of the gradient.
-    width = channels if kept or small else min(arguments.get("SLAB", 0), channels)
+    width = channels if kept or small or exact else min(arguments.get("SLAB", 0), channels)
     pairs = rows * columns
     distances, gradients = DISTANCES.get(function, 1), GRADIENTS.get(function, 0)
-    products = pairs * (distances * channels + gradients * width)
-    rate = unit.half if storage == 2 else unit.tf32
-    if arguments.get("DIRECT"):
+    products = each * distances * channels + pulled * gradients * width
+    rate = unit.half if six or storage == 2 else unit.tf32
+    if arguments.get("DIRECT") or exact:
         products = 0
     reads = columns * channels
     if not kept and not small and not arguments.get("DIRECT"):
         reads = distances * (rows + columns) * channels + gradients * columns * width
     searches = function in {"scan_kernel", "shortlist_kernel"}
     exponentials = 0 if searches else pairs * (1 if arguments.get("LADDER") else arguments["COUNT"])
-    terms = TERMS.get(arguments["PRECISION"], 1)
+    # Small clouds are divided into their parts when they have been read.
+    read = 3 * storage if six and not small else storage
     return {
         "issue": round(instructions * arguments["num_warps"] / unit.schedulers),
-        "tensor": round(2 * products * terms / rate),
-        "l2": round(reads * storage / unit.l2),
+        "tensor": round(2 * pairs * products / rate),
+        "l2": round(reads * read / unit.l2),
         "exponential": round(exponentials / unit.exponentials),
     }
-
-
-def _storage(arguments: dict[str, Any]) -> int:
-    """Bytes of a channel of a point."""
-    points = arguments["x"] if "x" in arguments else arguments["row"]
-    size: int = points.element_size()
-    return size
 
 
 # What the targets are about: kernel, format, channels.

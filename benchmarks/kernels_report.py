@@ -81,10 +81,11 @@ KEYS = ("kernel", "format", "channels", "entry", "architecture")
 KERNELS = (
     *("reduce", "backward", "double_backward", "small_reduce", "small_backward"),
     *("scan", "shortlist", "longlist"),
+    *("exact_reduce", "exact_backward", "exact_double_backward"),
 )
 NEIGHBORS = {"scan": 1, "shortlist": 60, "longlist": 64}
 
-
+Key = tuple[Any, ...]
 Launches = list[tuple[Any, dict[str, Any]]]
 
 
@@ -108,18 +109,19 @@ def recorded(call: Callable[[], object], precision: str) -> Launches:
     return launches
 
 
-def main_launch(launches: Launches) -> tuple[Any, dict[str, Any]]:
-    """The last one of a kernel that walks over pairs."""
-    others = {"prepare_kernel", "center_kernel", "rerank_kernel", "merge_kernel"}
+def main_launch(launches: Launches, *, exact: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The last one of a kernel that walks over pairs, or, exact, that computes rows anew."""
+    others = {"prepare_kernel", "rerank_kernel", "merge_kernel"}
     return [
         (function, arguments)
         for function, arguments in launches
-        if function.fn.__name__ not in others and not arguments.get("EXACT")
+        if function.fn.__name__ not in others and arguments.get("EXACT", False) == exact
     ][-1]
 
 
 def heaviest(kernel: str, dtype: torch.dtype, channels: int) -> Callable[[], object]:
     """A call that launches the kernel as it needs the most registers."""
+    kernel = kernel.removeprefix("exact_")
     x = torch.empty(100_000, channels, dtype=dtype, device="meta")
     values = torch.empty(100_000, 4, device="meta")
     offsets = torch.empty(9, dtype=torch.int64, device="meta")
@@ -253,7 +255,7 @@ def problems(entry: dict[str, Any]) -> list[str]:
         wrong.append(f"spills: {entry['stack']} bytes of stack, {entry['local']} of local memory")
     if entry["shared"] > SHARED[architecture] * 1024:
         wrong.append(f"{entry['shared']} bytes of shared memory")
-    multiplies = entry["format"] != "direct"
+    multiplies = entry["format"] != "direct" and not entry["kernel"].startswith("exact_")
     # Small clouds have fewer rows than a warp group's instructions take.
     few = entry["tile"]["BLOCK_ROWS"] < 64
     matrix = "mma" if few else MATRIX[architecture]
@@ -276,7 +278,7 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
     for architecture in architectures:
         for kernel in kernels:
             for form, (_, _, widths) in FORMATS.items():
-                tiles = entries(kernel, form, architecture // 10)
+                tiles = tiles_of(kernel, form, architecture)
                 for number, channels in used(kernel, tiles, widths):
                     yield {
                         "kernel": kernel,
@@ -287,11 +289,18 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
                     }
 
 
+def tiles_of(kernel: str, form: str, architecture: int) -> tuple[Tile, ...]:
+    """The table's entries; for rows that are computed anew there is one, whatever the kernel."""
+    if kernel.startswith("exact_"):
+        return (configurations.EXACT,) if form in {"bf16x6", "half"} else ()
+    return entries(kernel, form, architecture // 10)
+
+
 def used(
     kernel: str, tiles: tuple[Tile, ...], widths: tuple[int, ...]
 ) -> Iterator[tuple[int, int]]:
     """Entries of the table with the channels that they are used for and that differ to them."""
-    if kernel.startswith("small_"):
+    if kernel.startswith(("small_", "exact_")):
         # More channels are more rounds of the same loop.
         yield from ((number, widths[-1]) for number in range(len(tiles)))
         return
@@ -312,10 +321,10 @@ def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]
     """A case's kernel, its arguments, and those of them that are its tile."""
     dtype, precision, _ = FORMATS[case["format"]]
     call = heaviest(case["kernel"], dtype, case["channels"])
-    function, arguments = main_launch(recorded(call, precision))
-    stored = padded(case["channels"])
-    tiles = entries(case["kernel"], case["format"], case["architecture"] // 10)
-    tile = tiles[case["entry"]].arguments(stored)
+    exact = case["kernel"].startswith("exact_")
+    function, arguments = main_launch(recorded(call, precision), exact=exact)
+    tiles = tiles_of(case["kernel"], case["format"], case["architecture"])
+    tile = tiles[case["entry"]].arguments(padded(case["channels"]))
     return function, {**arguments, **tile}, tile
 
 
@@ -358,9 +367,6 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     """One entry of the report."""
     function, arguments, _ = launched(case)
     return {**identity(case), **describe(function, arguments, case["architecture"])}
-
-
-Key = tuple[Any, ...]
 
 
 def entries_in(path: Path) -> dict[Key, dict[str, Any]]:

@@ -21,7 +21,7 @@ PARTS = {
     "search": "knn or nearest or ties or list",
 }
 PARTS["rest"] = " and ".join(f"not ({part})" for part in PARTS.values())
-FILES = {part: "interpreted.py" for part in PARTS}
+FILES = dict.fromkeys(PARTS, "interpreted.py")
 PARTS |= {"near, small": "small", "near, tiles": "not small"}
 
 

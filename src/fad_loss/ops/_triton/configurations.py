@@ -176,22 +176,25 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
 
 # And what would spill on compute capability 10 with Triton 3.6 or 3.9.
 BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("reduce", "tf32"): (
-        Tile(128, 64, 32, 8, 3, 32),
-        Tile(64, 64, 32, 8, 3, 32),
-        Tile(128, 64, 32, 8, 3, 0),
+    ("reduce", "bf16x6"): (Tile(64, 64, 64, 8, 2, 64), Tile(64, 64, 32, 8, 3, 0)),
+    ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3, 32), Tile(128, 64, 32, 8, 3, 0)),
+    ("reduce", "half"): (Tile(64, 64, 64, 8, 3, 64), Tile(128, 64, 64, 8, 3, 0)),
+    ("backward", "bf16x6"): (
+        Tile(128, 16, 64, 8, 3, 64, 64),
+        Tile(64, 16, 64, 4, 3, 64, 64),
+        Tile(64, 16, 32, 4, 2, 0, 64),
     ),
-    ("reduce", "half"): (
-        Tile(128, 64, 64, 8, 3, 64),
-        Tile(64, 64, 64, 8, 3, 64),
-        Tile(128, 64, 64, 8, 3, 0),
-    ),
-    ("backward", "half"): (Tile(64, 64, 64, 8, 2, 64, 128),),
+    ("backward", "half"): (Tile(64, 64, 64, 8, 3, 64, 128),),
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
+    ("double_backward", "bf16x6"): (Tile(64, 16, 16, 4, 2, 0, 64),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
+    ("small_reduce", "bf16x6"): (Tile(32, 64, 32, 4, 2), Tile(16, 128, 32, 4, 2)),
+    ("small_backward", "half"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 16, 8, 2)),
+    ("scan", "bf16x6"): (Tile(128, 32, 64, 8, 3, 64), Tile(64, 64, 32, 8, 2, 0)),
     ("shortlist", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("shortlist", "tf32"): (Tile(64, 32, 32, 8, 3, 32),),
     ("shortlist", "half"): (Tile(64, 32, 64, 8, 3, 64),),
+    ("longlist", "bf16x6"): (Tile(64, 16, 64, 8, 2, 64),),
     ("longlist", "tf32"): (Tile(64, 32, 16, 8, 3, 0),),
     ("longlist", "half"): (Tile(64, 32, 32, 8, 3, 0),),
 }

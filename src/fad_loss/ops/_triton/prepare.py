@@ -2,7 +2,7 @@
 
 |x|^2 + |y|^2 - 2 xy cancels when clouds lie far from the origin, and the matrix units truncate what
 does not fit their format. So float32 points lose the mean of y, are rounded to nearest, and only
-then have their norms taken: norms and products see the same numbers. The mean of 256 evenly spaced
+then have their norms taken: norms and products see the same numbers. The mean of 16 evenly spaced
 points of y is as good as that of all (any common shift is exact; it only has to be close). Half
 precision is multiplied as it is: shifting would round it again.
 
@@ -41,7 +41,7 @@ from fad_loss.ops._triton.tiles import locate, to_tf32
 
 # Up to this many channels distances are sums of differences, without a matrix product.
 DIRECT_CHANNELS = 16
-SAMPLE = 256
+SAMPLE = 16
 Rounding = Literal["", "tf32", "bf16"]
 
 
@@ -153,42 +153,10 @@ def schedule(
     }
 
 
-@triton.jit(do_not_specialize=["each"])
-def center_kernel(
-    points,
-    center,
-    offsets,
-    each,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """The mean of at most SAMPLE evenly spaced points of each cloud."""
-    cloud = tl.program_id(0)
-    if RAGGED:
-        start = tl.load(offsets + cloud).to(tl.int64)
-        size = tl.load(offsets + cloud + 1).to(tl.int64) - start
-    else:
-        start = cloud.to(tl.int64) * each
-        size = tl.zeros((), tl.int64) + each
-    count = tl.minimum(size, SAMPLE)
-    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    total = tl.zeros((32, BLOCK_CHANNELS), tl.float32)
-    for first in range(0, count.to(tl.int32), 32):
-        number = first + tl.arange(0, 32)
-        point = start + number.to(tl.int64) * size // tl.maximum(count, 1)
-        inside = (number < count)[:, None] & (channels < C)[None, :]
-        total += tl.load(points + (point[:, None] * C + channels[None, :]), inside, 0.0)
-    mean = tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float32)
-    tl.store(center + (cloud.to(tl.int64) * CHANNELS + channels), mean, channels < CHANNELS)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
     points,
-    center,
+    others,
     values,
     norms,
     row_offsets,
@@ -204,11 +172,15 @@ def prepare_kernel(
     ROUNDING: tl.constexpr,
     PARTS: tl.constexpr,
     DIRECT: tl.constexpr,
+    SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Center, round, pad and square BLOCK points; one pass, every point read and written once."""
-    cloud, start, rows, first, _, _ = locate(
+    """Center, round, pad and square BLOCK points; one pass, every point read and written once.
+
+    The center is the mean of at most SAMPLE evenly spaced points of the cloud of `others`.
+    """
+    _, start, rows, first, other_start, other_rows = locate(
         tl.program_id(0),
         row_offsets,
         column_offsets,
@@ -228,8 +200,13 @@ def prepare_kernel(
         source = points + begin * C + (point[:, None] * C + channels[None, :])
         v = tl.load(source, inside & (channels < C)[None, :], 0.0).to(tl.float32)
         if CENTER:
-            mean = tl.load(center + cloud.to(tl.int64) * CHANNELS + channels, channels < C, 0.0)
-            v -= mean[None, :]
+            # One after another: added up in whatever order, the centers of x and of y could differ.
+            count = tl.minimum(other_rows, SAMPLE)
+            mean = tl.zeros((BLOCK_CHANNELS,), tl.float32)
+            for n in range(count):
+                chosen = other_start + other_rows.to(tl.int64) * n // count
+                mean += tl.load(others + chosen * C + channels, channels < C, 0.0)
+            v -= (mean / tl.maximum(count, 1).to(tl.float32))[None, :]
         if ROUNDING == "tf32":
             v = to_tf32(v)
         if ROUNDING == "bf16":
@@ -251,28 +228,10 @@ def prepare_kernel(
     tl.store(norms + begin + point, total, first + point < rows)
 
 
-def _center(y: Tensor, clouds: Clouds, stored: int) -> Tensor:
-    channels = y.shape[-1]
-    center = torch.empty((clouds.count, stored), dtype=torch.float32, device=y.device)
-    block = min(stored, 64)
-    grid = (clouds.count, triton.cdiv(stored, block))
-    arguments = {
-        "points": y,
-        "center": center,
-        "offsets": clouds.offsets,
-        "each": clouds.each,
-        "C": channels,
-        "CHANNELS": stored,
-        "RAGGED": clouds.offsets is not None,
-        "SAMPLE": SAMPLE,
-        "BLOCK_CHANNELS": block,
-    }
-    launch(center_kernel, grid, arguments)
-    return center
-
-
-def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = None) -> Points:
-    """Prepare points (T, C) for multiplication; `center` is (clouds, CHANNELS)."""
+def prepare(
+    x: Tensor, clouds: Clouds, form: Format, center: tuple[Tensor, Clouds] | None = None
+) -> Points:
+    """Prepare points (T, C) for multiplication, relative to those of `center`."""
     channels = x.shape[-1]
     stored = padded(channels)
     width = form.parts * stored
@@ -280,10 +239,11 @@ def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = Non
     norms = torch.empty(clouds.total, dtype=torch.float32, device=x.device)
     block = min(stored, 64)
     rows = 2048 // block
-    tiles, where = schedule(clouds, clouds, rows)
+    others, other_clouds = center or (None, clouds)
+    tiles, where = schedule(clouds, other_clouds, rows)
     arguments = {
         "points": x,
-        "center": center,
+        "others": others,
         "values": values,
         "norms": norms,
         "C": channels,
@@ -292,6 +252,7 @@ def prepare(x: Tensor, clouds: Clouds, form: Format, center: Tensor | None = Non
         "ROUNDING": form.rounding,
         "PARTS": form.parts,
         "DIRECT": channels <= DIRECT_CHANNELS,
+        "SAMPLE": SAMPLE,
         "BLOCK": rows,
         "BLOCK_CHANNELS": block,
     }
@@ -312,9 +273,7 @@ def prepare_pair(
     x_clouds, y_clouds = Clouds.of(x, x_offsets), Clouds.of(y, y_offsets)
     x, y = flat(x), flat(y)
     form = multiply_format(x.dtype, x.shape[-1], wide=wide)
-    center = None
-    if form.center and y_clouds.count:
-        center = _center(y, y_clouds, padded(x.shape[-1]))
+    center = (y, y_clouds) if form.center else None
     columns = prepare(y, y_clouds, form, center)
     return columns if same else prepare(x, x_clouds, form, center), columns
 
