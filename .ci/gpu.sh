@@ -9,6 +9,8 @@
 # is stopped loses at most the tests that were running. What has passed is not run again, as long as
 # the sources are the same. Results are in build/gpu/SOURCES, and copied to OUT, if that is given.
 #
+# TESTS="tests/ops/test_bounds.py ..." runs some of the tests only.
+#
 # The python needs torch with CUDA, triton, pytest, hypothesis and numpy; nothing is downloaded. With
 # REHEARSE=1 there is no GPU: the tests are run against a stub (tests/kernels/stub.py), to see how
 # long kernels take to compile, and whether all of this works.

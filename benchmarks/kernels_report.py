@@ -292,7 +292,8 @@ def cases(kernels: list[str], architectures: list[int]) -> Iterator[dict[str, An
 def tiles_of(kernel: str, form: str, architecture: int) -> tuple[Tile, ...]:
     """The table's entries; for rows that are computed anew there is one, whatever the kernel."""
     if kernel.startswith("exact_"):
-        return (configurations.EXACT,) if form in {"bf16x6", "half"} else ()
+        found = (configurations.exact_tile(architecture // 10),)
+        return found if form in {"bf16x6", "half"} else ()
     return entries(kernel, form, architecture // 10)
 
 
@@ -325,6 +326,8 @@ def launched(case: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]
     function, arguments = main_launch(recorded(call, precision), exact=exact)
     tiles = tiles_of(case["kernel"], case["format"], case["architecture"])
     tile = tiles[case["entry"]].arguments(padded(case["channels"]))
+    if "SHARED" in arguments and not exact:
+        tile["SHARED"] = tile["BLOCK_COLUMNS"]
     return function, {**arguments, **tile}, tile
 
 

@@ -30,10 +30,10 @@ FORMS = {
 }
 # Launches at most, forward, and with the first and with the second derivatives.
 OPERATIONS = {
-    "softmin": (4, 9, 17),
-    "kernel_mean": (4, 9, 16),
-    "nearest": (5, 5, 5),
-    "knn": (5, 5, 5),
+    "softmin": (4, 10, 20),
+    "kernel_mean": (4, 10, 18),
+    "nearest": (4, 4, 4),
+    "knn": (4, 4, 4),
 }
 SINGLE = [form for form, (dtype, *_) in FORMS.items() if dtype == torch.float32]
 CASES = [(90, form, operation) for form in FORMS for operation in OPERATIONS] + [
@@ -82,7 +82,7 @@ def test_forward_backward_and_twice(architecture, form, operation, monkeypatch):
         assert launches[0] > 0
         assert all(a <= b for a, b in zip(launches, OPERATIONS[operation], strict=True))
         # What is launched again is not compiled again: at most what differs in its arguments.
-        assert 0 < len(counts.compiled) <= 10
+        assert 0 < len(counts.compiled) <= 15
 
 
 @pytest.mark.parametrize("form", ["direct", "bf16x6"])
@@ -107,7 +107,8 @@ def test_ragged_clouds(monkeypatch):
         clouds = ragged(x, lengths=[25, 0, 35])
         value = ops.softmin(clouds, clouds, 0.5, exclude_self=True, backend="triton")
         value.values().sum().backward()
-        assert len(counts.launched) == 9
+        # One set is prepared once, and each kernel is followed by what it flags.
+        assert len(counts.launched) == 8
 
 
 @pytest.mark.parametrize("rows, columns", [(64, 1_000_000), (8192, 8192)])
@@ -145,7 +146,7 @@ def test_one_graph_for_the_compiler(architecture, form, monkeypatch):
         counts.clear()
         compiled(*clouds(form, 2, 333, 222)).backward()
         assert counts.compiled == []
-        assert len(counts.launched) <= 4 + 4 + 5 + 5 + 5 + 5
+        assert len(counts.launched) <= 4 * 4 + 2 * 6
 
 
 @pytest.mark.parametrize("architecture", MACHINES)

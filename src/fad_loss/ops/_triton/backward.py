@@ -64,11 +64,7 @@ def multiply(
         blocks = tile
     else:
         blocks = (load_parts(base, left, channel, CHANNELS, BLOCK, SLAB, PRECISION),)
-    # The range of weights is wider than that of float16.
-    if blocks[0][0].dtype == tl.float16:
-        pieces = parts_of_weights(weights, weights, PRECISION)
-    else:
-        pieces = parts_of_weights(weights, blocks[0][0], PRECISION)
+    pieces = parts_of_weights(weights, blocks[0][0], PRECISION)
     new_totals = ()
     for i in tl.static_range(CHANNELS // SLAB if CHANNELS <= KEPT else 1):
         new_totals = new_totals + (add_pulled(pieces, blocks[i], totals[i], PRECISION),)

@@ -79,7 +79,8 @@ class Tile(NamedTuple):
 
 # For rows that are computed anew (`exact.py`), whatever the kernel: a few channels of all pairs are
 # in registers. Interpreted, where the number of tiles costs, as many as there are.
-EXACT = Tile(32, 32, 64, 4, 1, 0) if INTERPRETED else Tile(32, 32, 8, 4, 1, 0)
+EXACT = Tile(32, 32, 64, 4, 1, 0) if INTERPRETED else Tile(32, 32, 8, 8, 1, 0)
+EXACT_ON_BLACKWELL = Tile(32, 32, 4, 8, 1, 0)
 # bf16x6 has three parts of every operand, so its tiles are smaller.
 TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "direct"): (Tile(64, 32, 16, 8, 2, 0),),
@@ -117,10 +118,7 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(128, 32, 64, 8, 2, 0, 256),
     ),
     ("double_backward", "direct"): (Tile(32, 32, 16, 4, 2, 0, 16),),
-    ("double_backward", "bf16x6"): (
-        Tile(128, 16, 64, 8, 2, 64, 64),
-        Tile(128, 16, 32, 8, 2, 0, 64),
-    ),
+    ("double_backward", "bf16x6"): (Tile(32, 16, 32, 4, 2, 32, 64),),
     ("double_backward", "tf32"): (Tile(128, 16, 32, 8, 2, 0, 128),),
     ("small_reduce", "direct"): (Tile(32, 64, 16, 4, 2), Tile(32, 128, 16, 4, 2)),
     ("small_reduce", "bf16x6"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 32, 4, 2)),
@@ -155,14 +153,14 @@ TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
 
 # What would spill on compute capability 8, where operands are in registers as well as the sums.
 AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("small_reduce", "tf32"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 16, 4, 2)),
+    ("small_reduce", "tf32"): (Tile(32, 64, 32, 4, 2), Tile(16, 128, 32, 4, 2)),
+    ("small_backward", "half"): (Tile(16, 64, 32, 4, 2), Tile(32, 128, 16, 4, 2)),
     ("reduce", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
     ("reduce", "half"): (Tile(64, 64, 64, 8, 3, 64),),
     ("backward", "bf16x6"): (Tile(64, 16, 32, 8, 2, 32, 128),),
     ("backward", "tf32"): (Tile(64, 32, 16, 8, 2, 0, 128),),
     ("backward", "half"): (Tile(64, 16, 32, 8, 2, 0, 128),),
-    ("double_backward", "bf16x6"): (Tile(32, 16, 32, 4, 2, 0, 64),),
     ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
     ("scan", "bf16x6"): (Tile(64, 32, 32, 8, 2, 32),),
     ("scan", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
@@ -177,17 +175,17 @@ AMPERE: dict[tuple[str, str], tuple[Tile, ...]] = {
 # And what would spill on compute capability 10 with Triton 3.6 or 3.9.
 BLACKWELL: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("reduce", "bf16x6"): (Tile(64, 64, 64, 8, 2, 64), Tile(64, 64, 32, 8, 3, 0)),
-    ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3, 32), Tile(128, 64, 32, 8, 3, 0)),
-    ("reduce", "half"): (Tile(64, 64, 64, 8, 3, 64), Tile(128, 64, 64, 8, 3, 0)),
+    ("reduce", "tf32"): (Tile(64, 64, 32, 8, 3, 32),),
+    ("reduce", "half"): (Tile(64, 64, 64, 8, 3, 64),),
     ("backward", "bf16x6"): (
         Tile(128, 16, 64, 8, 3, 64, 64),
         Tile(64, 16, 64, 4, 3, 64, 64),
-        Tile(64, 16, 32, 4, 2, 0, 64),
+        Tile(64, 16, 64, 4, 2, 0, 64),
     ),
-    ("backward", "half"): (Tile(64, 64, 64, 8, 3, 64, 128),),
+    ("backward", "half"): (Tile(64, 32, 64, 8, 2, 64, 128),),
     ("backward", "tf32"): (Tile(64, 32, 32, 8, 2, 0, 128),),
     ("double_backward", "bf16x6"): (Tile(64, 16, 16, 4, 2, 0, 64),),
-    ("double_backward", "tf32"): (Tile(64, 16, 32, 8, 2, 0, 128),),
+    ("double_backward", "tf32"): (Tile(64, 16, 32, 4, 2, 0, 64),),
     ("small_reduce", "bf16x6"): (Tile(32, 64, 32, 4, 2), Tile(16, 128, 32, 4, 2)),
     ("small_backward", "half"): (Tile(32, 64, 32, 4, 2), Tile(32, 128, 16, 8, 2)),
     ("scan", "bf16x6"): (Tile(128, 32, 64, 8, 3, 64), Tile(64, 64, 32, 8, 2, 0)),
@@ -205,6 +203,11 @@ def entries(name: str, form: str, major: int) -> tuple[Tile, ...]:
     # Consumer Blackwell (12) has Ampere's matrix instructions and less shared memory than Hopper.
     own = {8: AMPERE, 10: BLACKWELL, 11: BLACKWELL, 12: AMPERE}.get(major, {})
     return own.get((name, form)) or TABLE.get((name, form), ())
+
+
+def exact_tile(major: int) -> Tile:
+    """The tile with which rows are computed anew, for a compute capability."""
+    return EXACT_ON_BLACKWELL if major in {10, 11} else EXACT
 
 
 def fitting(tiles: tuple[Tile, ...], channels: int) -> tuple[int, ...]:
@@ -281,8 +284,9 @@ def run(
         everything |= {"flags": flags(rows, splits), "EXACT": False, "SHARED": entry.columns}
         launch(kernel, (count, parts, splits), everything)
         if not rows.direct:
-            once_more = {**EXACT.arguments(EXACT.channels), "EXACT": True, "num_stages": 1}
-            count, where = schedule(rows.clouds, columns.clouds, EXACT.rows, splits)
+            again = exact_tile(capability(device))
+            once_more = {**again.arguments(again.channels), "EXACT": True}
+            count, where = schedule(rows.clouds, columns.clouds, again.rows, splits)
             launch(kernel, (count, 1, splits), {**everything, **where, **exact, **once_more})
         return found
 

@@ -97,9 +97,15 @@ def measured(
 
 @triton.jit
 def near_rows(d, a, b, scale, CLOSE: tl.constexpr):
-    """Which rows have a near pair (0 or 1), for points of squared norms a and b."""
-    near = tl.maximum(d, scale) < CLOSE * (a[:, None] + b[None, :])
-    return tl.max(near.to(tl.int32), 1)
+    """Which rows have a near pair (0 or 1), for points of squared norms a and b.
+
+    A pair is near if d_ij < CLOSE (a_i + b_j), and the right side is larger than the scale; by the
+    largest b_j, so that a pair costs a subtraction and a minimum.
+    """
+    share = CLOSE * tl.where(b < float("inf"), b, 0.0)
+    own = CLOSE * a
+    near = tl.min(d - share[None, :], 1) < own
+    return (near & (own + tl.max(share, 0) > scale)).to(tl.int32)
 
 
 @triton.jit

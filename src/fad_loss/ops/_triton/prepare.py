@@ -202,9 +202,10 @@ def prepare_kernel(
         if CENTER:
             # One after another: added up in whatever order, the centers of x and of y could differ.
             count = tl.minimum(other_rows, SAMPLE)
+            step = tl.maximum(other_rows // SAMPLE, 1)
             mean = tl.zeros((BLOCK_CHANNELS,), tl.float32)
             for n in range(count):
-                chosen = other_start + other_rows.to(tl.int64) * n // count
+                chosen = other_start + n * step
                 mean += tl.load(others + chosen * C + channels, channels < C, 0.0)
             v -= (mean / tl.maximum(count, 1).to(tl.float32))[None, :]
         if ROUNDING == "tf32":

@@ -295,11 +295,7 @@ def small_backward_kernel(
                 BLOCK_CHANNELS,
             )
             others = stored(points, PART, PRECISION)
-            # The range of weights is wider than that of float16.
-            if points.dtype == tl.float16:
-                pieces = parts_of_weights(weights, weights, PRECISION)
-            else:
-                pieces = parts_of_weights(weights, others[0], PRECISION)
+            pieces = parts_of_weights(weights, others[0], PRECISION)
             zeros = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
             total = add_pulled(pieces, others, zeros, PRECISION)
             result = sum_of_parts(pieces)[:, None] * own.to(tl.float32) - total

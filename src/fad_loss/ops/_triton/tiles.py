@@ -24,7 +24,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fad_loss.ops._triton.launch import INTERPRETED
+
 # ruff: noqa: RUF005, because kernels cannot unpack tuples
+
+# The interpreter multiplies the bit patterns of bfloat16; its values fit float32 as well.
+PART_OF_HALF = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
 
 
 @triton.jit
@@ -339,6 +344,9 @@ def parts_of_weights(weights, like, PRECISION: tl.constexpr):
         result = in_parts(weights, like, 3)
     elif like.dtype == tl.bfloat16:
         result = in_parts(weights, like, 2)
+    elif like.dtype == tl.float16:
+        # The range of weights is wider than that of float16.
+        result = in_parts(weights, tl.zeros((1,), PART_OF_HALF), 2)
     else:
         high = to_tf32(weights)
         result = (high, to_tf32(weights - high)) if PRECISION == "tf32x2" else (high,)
@@ -359,13 +367,15 @@ def add_pulled(weights, points, total, PRECISION: tl.constexpr):
         own = tl.dot(weights[1], points[0], own)
         own = tl.dot(weights[0], points[1], own)
         total += tl.dot(weights[0], points[0], own)
+    elif points[0].dtype == tl.float16:
+        # A number of float16 is one of bfloat16 and another.
+        others = in_parts(points[0].to(tl.float32), weights[0], 2)
+        for part in tl.static_range(2):
+            for other in tl.static_range(2):
+                total = tl.dot(weights[part], others[other], total)
     else:
-        whole = points[0]
-        # The range of weights is wider than that of float16; tf32 holds both.
-        if whole.dtype == tl.float16:
-            whole = whole.to(tl.float32)
         for part in tl.static_range(len(weights)):
-            total = tl.dot(weights[part], whole, total, input_precision="tf32")
+            total = tl.dot(weights[part], points[0], total, input_precision="tf32")
     return total
 
 
