@@ -79,9 +79,8 @@ FORMATS = {
 }
 KEYS = ("kernel", "format", "channels", "entry", "architecture")
 KERNELS = (
-    *("reduce", "backward", "double_backward", "small_reduce", "small_backward"),
-    *("scan", "shortlist", "longlist"),
-    *("exact_reduce", "exact_backward", "exact_double_backward"),
+    *("reduce", "backward", "double_backward", "small_reduce", "small_backward", "scan"),
+    *("shortlist", "longlist", "exact_reduce", "exact_backward", "exact_double_backward"),
 )
 NEIGHBORS = {"scan": 1, "shortlist": 60, "longlist": 64}
 
