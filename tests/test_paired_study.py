@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from distill import networks  # noqa: E402
 from distill.data import Clouds  # noqa: E402
+from distill.methods import teach  # noqa: E402
 from distill.storage import load_checkpoint, save  # noqa: E402
 from distill.training import Settings  # noqa: E402
 from study import fleet, ordered, paired, rows, study, verdicts  # noqa: E402
@@ -81,6 +83,7 @@ class Plan:
     state: str
     setting: str = "sampled"
     epochs: int = 4
+    views: int = 0
     teacher: str = ""
 
     def __post_init__(self):
@@ -207,6 +210,18 @@ def test_all_rows_of_a_seed_begin_alike_and_pull_with_the_same_share(sampled):
         made = recipe(clouds, labels)
         tasks.add(made.task.item())
         made.loss.backward()
+        if row.taught:
+            # The same where the teacher's part was recorded, and the teacher is not run.
+            torch.manual_seed(0)
+            student, taught = network(0.1), copy.deepcopy(teacher)
+            torch.manual_seed(1)
+            other = rows.Recipe(student, taught, row, example=clouds, seed=2, backend="dense")
+            known = teach(teacher, clouds)
+            other.replay = rows.Replay(taught)
+            judge = set(taught.classifier[-1].parameters())
+            for parameter in set(taught.parameters()) - judge:
+                parameter.fill_(torch.nan)
+            assert torch.equal(other(clouds, labels, known).loss, made.loss)
         assert (made.distillation is None) == (name == "alone")
         if recipe._distiller:
             losses = list(recipe.terms.values())
@@ -238,8 +253,9 @@ def test_verdicts_are_what_the_pairs_say():
     def line(row, seed, accuracy):
         return {
             "setting": "sampled", "row": row, "seed": seed, "accuracy": accuracy, "epochs": 9,
-            "batch_size": 32, "data": "d", "commit": "c", "device": "gpu", "clouds": [9, 3],
-            "parts": [accuracy], "points": 256, "parameters": 40, "arch": "pointnet2",
+            "batch_size": 32, "views": 0, "data": "d", "commit": "c", "device": "gpu",
+            "clouds": [9, 3], "parts": [accuracy], "points": 256, "parameters": 40,
+            "arch": "pointnet2",
         }  # fmt: skip
 
     # Seeds differ by far more than rows do.

@@ -64,10 +64,17 @@ class Views:
         settings: Settings,
         count: int,
         progress: Callable[[range], Iterable[int]] = iter,
+        *,
+        prepare: Callable[[Tensor], Tensor] = lambda points: points,
+        most: int = KEPT,
     ) -> Views:
-        """Those in `cache` if they are there, else new ones; `key` says what they depend on."""
+        """Those in `cache` if they are there, else new ones; `key` says what they depend on.
+
+        `prepare` is the last thing that happens to clouds; features of `most` points are kept.
+        """
         teacher.eval()
-        kept = min(KEPT, teach(teacher, clouds.points[:2, : settings.points]).points.shape[1])
+        example = prepare(clouds.points[:2, : settings.points])
+        kept = min(most, teach(teacher, example).points.shape[1])
         augmented = {"jitter": settings.jitter, "rotate": settings.rotate}
         sizes = {"points": settings.points, "views": count, "kept": kept}
         everything = {**key, **augmented, **sizes, "arrays": ARRAYS}
@@ -78,7 +85,7 @@ class Views:
             partial = cache / f".{folder.name}-{os.getpid()}"
             partial.mkdir(parents=True, exist_ok=True)
             shapes = {
-                "clouds": (np.float32, (settings.points, 3)),
+                "clouds": (np.float32, example.shape[1:]),
                 "points": (np.float16, (kept, teacher.channels)),
                 "pooled": (np.float32, (teacher.channels,)),
                 "penultimate": (np.float32, (teacher.classifier[-1].in_features,)),
@@ -96,7 +103,7 @@ class Views:
                 for start in range(0, len(clouds), BATCH):
                     part = slice(start, start + BATCH)
                     drawn = clouds.select(part).draw(settings.points, generator)
-                    points = augment(drawn.points, generator, **augmented)
+                    points = prepare(augment(drawn.points, generator, **augmented))
                     known = teach(teacher, points)
                     known = known._replace(
                         points=known.points[:, :kept], positions=known.positions[:, :kept]

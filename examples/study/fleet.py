@@ -116,8 +116,10 @@ class Fleet:
     def _ready(self, task: Line) -> bool:
         if task["row"] == "teacher":
             return True
-        if not self.taught and (task["row"] != "alone" or len(self.running) > BESIDE):
-            return False
+        if not self.taught:
+            needed = task["row"] != "alone" or self.plan.views  # which the teacher has seen too
+            if needed or len(self.running) > BESIDE:
+                return False
         return self.carry_on or time.monotonic() + self._estimate(task) <= self.deadline
 
     def _estimate(self, task: Line) -> float:

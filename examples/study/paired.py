@@ -42,6 +42,7 @@ class Setting:
         sampled: whether the networks sample, see `study.ordered`; else they are PointNets.
         rows: of `study.rows`, the most important first.
         teacher: a checkpoint that is there; else one is trained, in `teacher_epochs`.
+        views: see `worker.Plan`.
     """
 
     sampled: bool
@@ -52,17 +53,18 @@ class Setting:
     teacher: Path | None = None
     teacher_epochs: int = 0
     points: int = 256
+    views: int = 0
 
 
 SETTINGS = {
     "sampled": Setting(
         True, 10, 32, 6, ("alone", "fad", "fad-positions", "squared", "fitnet", "kd"),
-        teacher_epochs=20,
+        teacher_epochs=20, views=10,
     ),
     # Larger batches, so that a GPU sees more epochs in the same time.
     "pointnet": Setting(
         False, 60, 64, 6, ("alone", "fad-two", "squared-two", "kd"),
-        teacher=HERE / "teachers" / "pointnet.pt",
+        teacher=HERE / "teachers" / "pointnet.pt", views=12,
     ),
 }  # fmt: skip
 COMMANDS = {
@@ -71,7 +73,7 @@ COMMANDS = {
     "worker": "a process of `paired`, which starts it",
 }
 # For a look at whether everything works: generated shapes, on any machine.
-TINY = {"points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40}
+TINY = {"points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40, "views": 2}
 
 
 def pack(state: Path, file: Path) -> None:
@@ -141,6 +143,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--teacher-epochs", type=int, help="of a teacher that has to be trained")
     add("--teacher", type=Path, help="its checkpoint, instead of the setting's")
     add("--batch-size", type=int)
+    add("--views", type=int, help="of every cloud, recorded, and seen by all students in turn; 0: "
+        "no two epochs have the same clouds")  # fmt: skip
     add("--learning-rate", type=float, default=6e-3, help="of the students (0.006)")
     add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
     add("--compress", type=float, default=40.0, help="how many times fewer parameters (40)")
@@ -179,6 +183,7 @@ def prepare(options: argparse.Namespace) -> Any:
         data = synthetic(*size)
     else:
         data = readers.read(Path(options.data), cache=options.state, points=1024)
+    given = {name: getattr(options, name) for name in TINY}
     digest = data.fingerprint()
     clouds = options.state / f"clouds-{digest}.pt"
     if not clouds.exists():
@@ -197,7 +202,7 @@ def prepare(options: argparse.Namespace) -> Any:
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         backend=options.backend,
         commit=options.commit or commit(),
-        **{name: getattr(options, name) or defaults[name] for name in TINY},
+        **{name: defaults[name] if own is None else own for name, own in given.items()},
     )
 
 
@@ -254,7 +259,7 @@ def belongs(line: Line, plan: Any) -> bool:
         return False
     if line["row"] == "teacher":
         return True
-    return (line["epochs"], line["batch_size"]) == (plan.epochs, plan.batch_size)
+    return all(line[name] == getattr(plan, name) for name in ("epochs", "batch_size", "views"))
 
 
 def report(output: Path) -> int:

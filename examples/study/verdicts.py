@@ -148,9 +148,9 @@ def report(lines: list[Line]) -> str:
     groups: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
     for line in lines:
         if line["row"] in ROWS:
-            names = "setting", "epochs", "batch_size", "data"
+            names = "setting", "epochs", "batch_size", "views", "data"
             groups[tuple(line[name] for name in names)].append(line)
-    for (setting, epochs, batch, data), found in sorted(groups.items()):
+    for (setting, epochs, batch, views, data), found in sorted(groups.items()):
         teachers = [
             line
             for line in lines
@@ -165,6 +165,8 @@ def report(lines: list[Line]) -> str:
             f"{first['points']} points each; batches of {batch}; {first['arch']} students of "
             f"{first['parameters']:,} parameters."
         )
+        if views:
+            described += f" All learn from the same {views} views of every cloud."
         text += [
             f"## {setting}, {epochs} epochs",
             "",

@@ -7,6 +7,8 @@ that is stopped goes on from there.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ import sys
 import traceback
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,9 @@ from distill.methods import Supervised
 from distill.networks import Network
 from distill.storage import load_checkpoint, save
 from distill.training import Record, Run, Settings, accuracy, fit
+from distill.views import Views
 from study.ordered import Epochs, Sampled, both_orders, parts
-from study.rows import ROWS, Recipe
+from study.rows import ROWS, Recipe, Replay
 
 Line = dict[str, Any]
 
@@ -43,6 +47,8 @@ class Plan:
         data: its digest.
         teacher: the checkpoint; it is trained if it is not there.
         state: where checkpoints of runs are.
+        views: of every cloud, recorded with what the teacher makes of them, for all students;
+            none if every student is to see clouds of its own.
     """
 
     setting: str
@@ -55,6 +61,7 @@ class Plan:
     epochs: int
     teacher_epochs: int
     batch_size: int
+    views: int
     learning_rate: float
     teacher_learning_rate: float
     compress: float
@@ -109,10 +116,30 @@ class Bench:
         """What the networks are called."""
         return "pointnet2" if self.plan.sampled else "pointnet"
 
-    def fit(self, network: Network, objective: Supervised, run: Run) -> None:
-        """Train, from wherever the run stands."""
-        epochs = Epochs(self.train, run.settings, sampled=self.plan.sampled)
+    def fit(
+        self, network: Network, objective: Supervised, run: Run, views: Views | None = None
+    ) -> None:
+        """Train, from wherever the run stands, on the `views` or on clouds of its own."""
+        epochs = views or Epochs(self.train, run.settings, sampled=self.plan.sampled)
         fit(network, objective, self.data, run, Quiet(), epochs)
+
+    def views(self) -> Views | None:
+        """What all students see, recorded by the first process that asks for it."""
+        plan, teacher = self.plan, Path(self.plan.teacher)
+        if not plan.views:
+            return None
+        key = {"data": plan.data, "teacher": hashlib.sha256(teacher.read_bytes()).hexdigest()}
+        settings = self.settings(plan.epochs, plan.learning_rate, 0)
+        prepare = partial(both_orders, random=True) if plan.sampled else lambda points: points
+        folder = Path(plan.state).parent / "views"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            torch.manual_seed(0)  # where samples begin is drawn by the global generator
+            return Views.make(
+                folder, key, self.teacher(), self.train, settings, plan.views,
+                prepare=prepare, most=plan.points,
+            )  # fmt: skip
 
     def settings(self, epochs: int, rate: float, seed: int) -> Settings:
         plan = self.plan
@@ -147,7 +174,7 @@ class Bench:
         budget = networks.parameters(full) / plan.compress
         width = networks.widest(self.arch, len(self.classes), budget)
         student = self.network(seed, width, teacher=False)
-        teacher = self.teacher() if chosen.taught else None
+        teacher, views = self.teacher() if chosen.taught else None, self.views()
         example = self.train.points[:2, : plan.points]
         if plan.sampled:
             example = both_orders(example, random=True)
@@ -156,11 +183,13 @@ class Bench:
         objective = Recipe(
             student, teacher, chosen, example=example, seed=seed, backend=plan.backend
         )
+        if teacher is not None and views:
+            objective.replay = Replay(teacher)
         settings = self.settings(plan.epochs, plan.learning_rate, seed)
         description = {"row": row, "arch": self.arch, "width": width, "data": plan.data}
-        description |= {"classes": len(self.classes), "commit": plan.commit}
+        description |= {"classes": len(self.classes), "views": plan.views, "commit": plan.commit}
         run = Run(plan.folder(row, seed), "student", description, settings)
-        self.fit(student, objective, run)
+        self.fit(student, objective, run, views)
         return self.line(row, seed, student, run.history)
 
     def line(self, row: str, seed: int, network: Network, history: list[Record]) -> Line:
@@ -175,6 +204,7 @@ class Bench:
             "seed": seed,
             "epochs": plan.teacher_epochs if row == "teacher" else plan.epochs,
             "batch_size": plan.batch_size,
+            "views": plan.views,
             "learning_rate": plan.learning_rate,
             "points": plan.points,
             "accuracy": sum(scores) / len(scores),
