@@ -22,7 +22,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 OPS = [
-    ("kernels", "_dense", "_precision", "_backends", "_inputs", "_cost"),
+    ("kernels", "_dense", "_precision", "_backends", "_inputs", "_operators", "_cost"),
     ("_tiled", "_library"),
     ("_triton",),
     ("__init__",),

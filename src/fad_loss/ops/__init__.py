@@ -38,7 +38,7 @@ from fad_loss._checks import check_finite, look
 from fad_loss.ops import _dense, _library
 from fad_loss.ops._backends import select
 from fad_loss.ops._cost import Cost, cost
-from fad_loss.ops._inputs import Pair, bias_of, check_pair, check_transforms, mass
+from fad_loss.ops._inputs import Pair, bias_of, check_pair, check_range, check_transforms, mass
 from fad_loss.ops.kernels import (
     Energy,
     Gaussian,
@@ -109,7 +109,7 @@ def nearest(x: Tensor, y: Tensor, *, backend: str = "auto") -> tuple[Tensor, Ten
         >>> nearest(x, y)
         (tensor([[1., 1.]]), tensor([[0, 2]]))
     """
-    pair = check_pair(x, y, exclude_self=False)
+    pair = check_pair(x, y, ranged=False)
     distance, index = _knn(pair, 1, exclude_self=False, backend=backend)
     return pair.like_x(distance.squeeze(-1)), pair.like_x(index.squeeze(-1))
 
@@ -156,7 +156,7 @@ def knn(
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         message = f"k: expected an int, got {type(k).__name__} {k!r}"
         raise TypeError(message)
-    pair = check_pair(x, y, exclude_self=exclude_self)
+    pair = check_pair(x, y, exclude_self=exclude_self, ranged=False)
     if k < 1:
         message = f"k: expected at least 1 neighbor, got {k}"
         raise ValueError(message)
@@ -175,12 +175,13 @@ def knn(
 
 def _knn(pair: Pair, k: int, *, exclude_self: bool, backend: str) -> tuple[Tensor, Tensor]:
     chosen = select(backend, pair.x.device, pair.x.dtype)
+    if chosen != "tiled" or pair.x.device.type != "cpu":  # which looks for itself
+        check_range(pair.x, pair.y)
     if chosen != "dense":
         check_transforms(pair.x, pair.y)
-        distance, index = _library.knn(
+        return _library.search(
             pair.x, pair.y, k, exclude_self, pair.x_offsets, pair.y_offsets, chosen
         )
-        return distance, index
 
     def reference(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return _dense.knn(x, y, k, exclude_self=exclude_self)

@@ -101,8 +101,11 @@ def _check_same_clouds(name: str, a: Tensor, other: str, b: Tensor) -> None:
         raise ValueError(message)
 
 
-def check_pair(x: Tensor, y: Tensor, *, exclude_self: bool = False) -> Pair:
-    """Two clouds that fit each other, packed; or an error that says what does not."""
+def check_pair(x: Tensor, y: Tensor, *, exclude_self: bool = False, ranged: bool = True) -> Pair:
+    """Two clouds that fit each other, packed; or an error that says what does not.
+
+    Without `ranged`, whoever reads the values calls `check_range`.
+    """
     switch("exclude_self", exclude_self)
     for name, t in (("x", x), ("y", y)):
         check_tensor(name, t)
@@ -138,8 +141,8 @@ def check_pair(x: Tensor, y: Tensor, *, exclude_self: bool = False) -> Pair:
         if x.shape != y.shape:
             message = f"exclude_self: expected x and y to be the same points, but {_came(*given)}"
             raise ValueError(message)
-    for name, t in (("x", x), ("y", y)):
-        _check_range(name, t)
+    if ranged:
+        check_range(x, y)
     return Pair(x, y, x_offsets, y_offsets, ragged_x)
 
 
@@ -163,12 +166,24 @@ def _check_match(x: Tensor, y: Tensor) -> None:
         raise ValueError(message)
 
 
-def _check_range(name: str, t: Tensor) -> None:
+def largest_square(t: Tensor) -> float:
+    """How large the square of a value may be.
+
+    |x - y|^2 is at most 4 C times as much; another 4 is room for sums of products.
+    """
+    return torch.finfo(accumulation_dtype(t.dtype)).max / (16 * t.shape[-1])
+
+
+def check_range(x: Tensor, y: Tensor) -> None:
     """Raise if values that may be looked at are not finite, or so large that distances overflow."""
+    _check_range("x", x)
+    _check_range("y", y)
+
+
+def _check_range(name: str, t: Tensor) -> None:
     if not look(t) or t.numel() == 0:
         return
-    # |x - y|^2 is at most 4 C times the largest square; another 4 is room for sums of products.
-    limit = (torch.finfo(accumulation_dtype(t.dtype)).max / (16 * t.shape[-1])) ** 0.5
+    limit = largest_square(t) ** 0.5
     values = t.detach()
     if values.is_contiguous() and values.dtype in {torch.float32, torch.float64}:
         # One pass: no square exceeds the sum of all, which is no number where one of them is not.

@@ -7,7 +7,7 @@ fake implementation for `torch.compile`, an autograd formula and a vmap rule. Te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from fad_loss.ops._dense import accumulation_dtype
-from fad_loss.ops._precision import full_precision
+from fad_loss.ops._operators import call, register
 from fad_loss.ops.kernels import kernel_from
 
 _PAIR = "Tensor x, Tensor y"
@@ -28,55 +28,6 @@ _SOFTMIN = f"float[] epsilon, {_CLOUDS}"
 def _implementation(backend: str) -> Any:
     """The module of a backend; imported when first used, so that Triton is not imported before."""
     return import_module(f"fad_loss.ops._{backend}")
-
-
-def _register(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
-    def decorate(function: Callable[..., Any]) -> Any:
-        def run(*args: Any) -> Any:
-            # Autocast would reach the matrix products in here and round distances to bfloat16:
-            # wrong neighbors. Each operator chooses its precision itself, by the dtype of x.
-            device = args[0].device
-            with full_precision(device):
-                if not torch.is_autocast_enabled(device.type):
-                    return function(*args)
-                with torch.autocast(device.type, enabled=False):
-                    return function(*args)
-
-        op = torch.library.custom_op(f"fad_loss::{name}", run, mutates_args=(), schema=schema)
-        op.register_vmap(_over_batch(op))
-        return op
-
-    return decorate
-
-
-def _over_batch(op: Any) -> Callable[..., Any]:
-    """A vmap rule: the mapped axis joins the batch of clouds, which is what the batch is for."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-        flat = []
-        for arg, dim in zip(args, in_dims, strict=True):
-            if not isinstance(arg, Tensor):
-                flat.append(arg)
-                continue
-            whole = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            # Gradients that nobody asked for are empty and have no batch.
-            flat.append(whole.flatten(0, 1) if whole.dim() > 2 else whole)
-        if any(isinstance(arg, Tensor) and arg.dtype == torch.int64 for arg in args):
-            message = (
-                "vmap over ragged clouds is not possible: put all clouds into one ragged batch"
-            )
-            raise NotImplementedError(message)
-        out = op(*flat)
-
-        def split(t: Tensor) -> Tensor:
-            return torch.unflatten(t, 0, (size, -1)) if t.dim() > 1 else t
-
-        if isinstance(out, Tensor):
-            return split(out), 0
-        return tuple(split(t) for t in out), tuple(0 if t.dim() > 1 else None for t in out)
-
-    return rule
 
 
 def _no_third_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -102,7 +53,7 @@ def _to(gradient: Tensor, like: Tensor | None) -> Tensor | None:
 # ----------------------------------------------------------------------------------------- knn
 
 
-@_register("knn", f"({_PAIR}, int k, {_CLOUDS}) -> (Tensor, Tensor)")
+@register("knn", f"({_PAIR}, int k, {_CLOUDS}) -> (Tensor, Tensor)")
 def knn(x, y, k, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
     """The k nearest neighbors: distance and index."""
     return _implementation(backend).knn(x, y, k, exclude_self, x_offsets, y_offsets)
@@ -181,10 +132,19 @@ def _knn_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 knn.register_autograd(_knn_backward, setup_context=_knn_setup)
 
 
+def search(*args: Any) -> tuple[Tensor, Tensor]:
+    """`knn`, without the dispatcher where nobody needs it: a twentieth of a small search on a CPU.
+
+    (Smooth operations take longer, and are seldom called where nobody differentiates.)
+    """
+    found: tuple[Tensor, Tensor] = call(knn, *args)
+    return found
+
+
 # ---------------------------------------------------------------------------------- kernel_sum
 
 
-@_register("kernel_sum", f"({_PAIR}, {_KERNEL}) -> Tensor")
+@register("kernel_sum", f"({_PAIR}, {_KERNEL}) -> Tensor")
 def kernel_sum(  # type: ignore[no-untyped-def]
     x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, backend
 ):
@@ -199,7 +159,7 @@ def _(x, y, weights, kernel, parameters, exclude_self, x_offsets, y_offsets, bac
     return _wide_empty(x, x.shape[:-1])
 
 
-@_register(
+@register(
     "kernel_sum_backward",
     f"(Tensor grad, {_PAIR}, {_KERNEL}, bool of_y, bool of_weights) -> (Tensor, Tensor, Tensor)",
 )
@@ -233,7 +193,7 @@ def _(grad, x, y, *others: Any):  # type: ignore[no-untyped-def]
     )
 
 
-@_register(
+@register(
     "kernel_sum_double_backward",
     f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, {_KERNEL})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -305,7 +265,7 @@ kernel_sum_double_backward.register_autograd(_no_third_derivative, setup_context
 # ------------------------------------------------------------------------------------- softmin
 
 
-@_register("softmin", f"({_PAIR}, Tensor? bias, {_SOFTMIN}) -> (Tensor, Tensor, Tensor)")
+@register("softmin", f"({_PAIR}, Tensor? bias, {_SOFTMIN}) -> (Tensor, Tensor, Tensor)")
 def softmin(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  # type: ignore[no-untyped-def]
     """Minus eps log sum_j exp((h_j - d_ij) / eps) for each epsilon: least - eps log(total).
 
@@ -322,7 +282,7 @@ def _(x, y, bias, epsilon, exclude_self, x_offsets, y_offsets, backend):  # type
     return tuple(_wide_empty(x, shape) for _ in range(3))
 
 
-@_register(
+@register(
     "softmin_backward",
     f"(Tensor grad, {_PAIR}, Tensor? bias, Tensor least, Tensor total, {_SOFTMIN}, "
     "bool of_y, bool of_bias) -> (Tensor, Tensor, Tensor)",
@@ -359,7 +319,7 @@ def _(grad, x, y, bias, least, total, epsilon, *others: Any):  # type: ignore[no
     )
 
 
-@_register(
+@register(
     "softmin_double_backward",
     f"(Tensor u, Tensor? v, Tensor? t, Tensor grad, {_PAIR}, Tensor? bias, Tensor least, "
     f"Tensor total, {_SOFTMIN}) -> (Tensor, Tensor, Tensor, Tensor)",

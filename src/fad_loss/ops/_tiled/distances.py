@@ -59,6 +59,7 @@ class Points:
     y: Tensor
     x_norms: Tensor
     y_norms: Tensor
+    moved: bool = False  # they are centered, rather than left where they were
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, dtype: torch.dtype, shrinking: float = 0.25) -> Points:
@@ -71,10 +72,11 @@ class Points:
         # On a CPU, where looking costs nothing and a copy does: points that lie around the origin
         # stay as they are.
         near = norms(center) <= y_norms.mean(1, keepdim=True).mul_(shrinking)
-        if x.device.type != "cpu" or not near.all():
+        moved = x.device.type != "cpu" or not bool(near.all())
+        if moved:
             x, y = x - center, y - center
             y_norms = norms(y)
-        return cls(x, y, norms(x), y_norms)
+        return cls(x, y, norms(x), y_norms, moved)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fad_loss.ops._inputs import largest_square
 from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.tiles import DIRECT_CHANNELS, score_error
 
@@ -26,25 +27,28 @@ REACH, ROUNDING = 1.25, 2.0**-16
 def nearest_of_few(x: Tensor, y: Tensor, distance: Tensor, index: Tensor) -> bool:
     """Fill squared distances and indices, (b, n, 1), or say that another way is better.
 
-    Of (b, n, C) and (b, m, C). Of equal distances the lowest index is taken.
+    Of (b, n, C) and (b, m, C). Of equal distances the lowest index is taken. Another way is better
+    for values that are out of range, too.
     """
     (clouds, rows, channels), size = x.shape, y.shape[1]
     if x.device.type != "cpu" or size > FEW_COLUMNS or channels <= DIRECT_CHANNELS:
         return False
     x, y = x.to(distance.dtype), y.to(distance.dtype)
-    y_norms = torch.linalg.vecdot(y, y).unsqueeze(1)
-    scores = torch.baddbmm(y_norms, x, y.mT, alpha=-2)
+    # By roots and their squares, without memory for all squares; `score_error` has room for that.
+    x_norms, y_norms = (torch.linalg.vector_norm(t, dim=-1).square_() for t in (x, y))
+    norms = x_norms + y_norms.amax(-1, keepdim=True)
+    if not norms.amax().item() <= largest_square(x) / 2:
+        return False
+    scores = torch.baddbmm(y_norms.unsqueeze(1), x, y.mT, alpha=-2)
     least = scores.amin(-1)
     # Beyond twice the error of a score. Products of tiny numbers underflow: an error of its own.
     share = REACH * 2 * score_error(channels) * rounding_unit(x)
-    largest = y_norms.amax(-1).add_(REACH * torch.finfo(x.dtype).tiny / share)
-    reach = least.add(torch.linalg.vecdot(x, x).add_(largest), alpha=share)
+    reach = least.add(norms.add_(REACH * torch.finfo(x.dtype).tiny / share), alpha=share)
     weights = torch.sub(reach.unsqueeze(-1), scores, out=scores).clamp_(min=0).view(-1, size)
     total, own = weights.sum(-1), reach.sub_(least).view(-1)
-    columns = torch.arange(size, dtype=x.dtype)
-    # Rounded to the next column. No number, if not even the points are numbers, is none.
-    mean = torch.addcdiv(columns.new_full((), 0.5), weights.mv(columns), total)
-    index.view(-1).copy_(mean.nan_to_num_(0.0))
+    # Rounded to the next column: half more than the mean of those that are left, cut off.
+    columns = torch.arange(0.5, size, dtype=x.dtype)
+    index.view(-1).copy_(weights.mv(columns).div_(total))
     points, queries = y.reshape(-1, channels), x.reshape(-1, channels)
     first = torch.arange(0, clouds * size, size).view(-1, 1, 1)
     chosen = points.index_select(0, (index + first).view(-1))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fad_loss.ops._dense import accumulation_dtype
+from fad_loss.ops._inputs import check_range
 from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.distances import Points
 from fad_loss.ops._tiled.few import nearest_of_few
@@ -56,6 +57,8 @@ LONGEST_NETWORK = 1 << 20
 FAR = 2
 # Elements of the candidates whose distances are computed at once on a CPU: they stay in the cache.
 EXACT_TILE = 1 << 17
+# Elements of points that become float64 at once for a network.
+WIDE_TILE = 1 << 16
 
 
 def knn(
@@ -66,11 +69,14 @@ def knn(
     x_offsets: Tensor | None,
     y_offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest points of y for each of x, ascending: distance and index, (..., k)."""
+    """The k nearest points of y for each of x, ascending: distance and index, (..., k).
+
+    On a CPU this is where values out of range are found: a search among few has their norms anyway.
+    """
     shape = (*x.shape[:-1], k)
     distance = x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
     index = x.new_empty(shape, dtype=torch.int64)
-    buffers = _Buffers()
+    buffers, checked = _Buffers(), x.device.type != "cpu"
     for group in groups(x, y, x_offsets, y_offsets, _tile_size(x)):
         points = group.of_x(x), group.of_y(y)
         found = group.of_x(distance), group.of_x(index)
@@ -78,6 +84,9 @@ def knn(
             found[0].fill_(torch.inf)
             found[1].fill_(-1)
         elif k > 1 or exclude_self or not nearest_of_few(*points, *found):
+            if not checked:
+                check_range(x, y)
+                checked = True
             _Search(*points, k, exclude_self, buffers).run(*found)
     return distance, index
 
@@ -133,15 +142,22 @@ class _Search:
         else:
             self._prepare(center=not self.network)
 
-    def _prepare(self, *, center: bool) -> None:
-        """What is multiplied, norms, and twice the error of a score."""
+    def _prepare(self, *, center: bool) -> bool:
+        """What is multiplied, norms, and twice the error of a score; whether points were moved."""
         dtype = torch.float64 if self.wide else self.x.dtype
-        self.centered = center
-        # Uncentered points, where norms would shrink by less than nine tenths, cost some rows that
-        # have to be looked at again; centering costs copies of all of them.
-        points = Points.of(self.x, self.y, dtype, shrinking=0.9 if center else 1)
-        self.left, self.right = points.x, points.y
-        self.norms, self.bias = points.x_norms, points.y_norms
+        self.centered, moved = center, False
+        if center:
+            # Uncentered points, where norms would shrink by less than nine tenths, cost some rows
+            # that have to be looked at again; centering costs copies of all of them.
+            points = Points.of(self.x, self.y, dtype, shrinking=0.9)
+            self.left, self.right, moved = points.x, points.y, points.moved
+            self.norms, self.bias = points.x_norms, points.y_norms
+        else:
+            # A root and its square, which are in `score_error`, but no copies in float64.
+            self.left, self.right = self.x, self.y
+            self.norms, self.bias = (
+                torch.linalg.vector_norm(t, dim=-1, dtype=dtype).square_() for t in (self.x, self.y)
+            )
         # What lies further than this behind cannot come first. Products of tiny numbers underflow:
         # an error that does not shrink with them.
         self.slack = self.norms + self.bias.amax(1, keepdim=True)
@@ -149,6 +165,7 @@ class _Search:
         if self.filling:
             self.right = pad(self.right, (0, 0, 0, self.filling))
             self.bias = pad(self.bias, (0, self.filling), value=torch.inf)
+        return moved
 
     def run(self, distance: Tensor, index: Tensor) -> None:
         """Fill the results, (b, n, k)."""
@@ -233,11 +250,10 @@ class _Search:
             result[:, rows] = found[:-1].flatten(1).t().contiguous().view(clouds, count, -1)
         if (exact[0] * 2.0**-23 <= slack).any():
             place, cloud, row = (exact[:-1] * 2.0**-23 <= slack).nonzero(as_tuple=True)
-            if not self.centered and len(place) > FAR * clouds * count:
-                norms = self.norms
-                self._prepare(center=True)
-                if not torch.equal(self.norms, norms):  # in the memory of the old scores
-                    return self._rank(self._scores(rows), rows, distance, index)
+            far = not self.centered and len(place) > FAR * clouds * count
+            if far and self._prepare(center=True):
+                # Where the old scores were.
+                return self._rank(self._scores(rows), rows, distance, index)
             self._renew(cloud, row + rows.start, place, distance, index)
         # By more than the slack, and than twice what rounding to float32 takes off a difference.
         return (d[1:] * (1 - 2.0**-21)).sub_(d[:-1]).amin(0) > slack
@@ -274,14 +290,24 @@ class _Search:
         if self.direct:
             scores = direct_distances(x, y)
         elif self.network:  # column by column, as the network takes them
-            out = self.buffers.take("scores", (len(x), y.shape[1], x.shape[1]), x)
-            scores = torch.baddbmm(self.bias.unsqueeze(-1), y, x.mT, alpha=-2, out=out).mT
+            out = self.buffers.take("scores", (len(x), y.shape[1], x.shape[1]), self.norms)
+            for part in steps(len(x), WIDE_TILE // max(x[0].numel(), y[0].numel())):
+                left, right = self._widened("left", x[part]), self._widened("right", y[part])
+                bias = self.bias[part].unsqueeze(-1)
+                torch.baddbmm(bias, right, left.mT, alpha=-2, out=out[part])
+            scores = out.mT
         else:
             out = self.buffers.take("scores", (*x.shape[:2], y.shape[1]), x)
             scores = torch.baddbmm(self.bias.unsqueeze(-2), x, y.mT, alpha=-2, out=out)
         if self.exclude_self:
             own_pairs(scores, rows, slice(0, self.size)).fill_(torch.inf)
         return scores
+
+    def _widened(self, name: str, t: Tensor) -> Tensor:
+        """In float64, in memory that is used again."""
+        if t.dtype == self.norms.dtype:
+            return t
+        return self.buffers.take(name, tuple(t.shape), self.norms).copy_(t)
 
     def _exact(self, x: Tensor, cloud: Tensor, index: Tensor) -> Tensor:
         """Squared distances of points x (r, C) of some clouds (r) to candidates (r, w).
