@@ -11,9 +11,10 @@ import torch
 from op_cases import FEW, LENGTHS, SMOOTH, device_of, points
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fad_loss import ops
-from fad_loss.ops import _library
+from fad_loss.ops import _library, _operators
 
 KERNELS = [("gaussian", [0.7, 2.0]), ("laplacian", [1.3]), ("energy", [])]
 
@@ -329,6 +330,69 @@ before = peak()
 run(x, y)
 sys.stdout.write(json.dumps(peak() - before))
 """
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of the operators that pass by."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_search_is_an_operator_to_whoever_looks(monkeypatch):
+    """To autograd, modes, the profiler, vmap, subclasses and the compiler; else it is called."""
+    x, y = torch.randn(1, 4, 3), torch.randn(1, 5, 3)
+    found = ops.nearest(x, y)
+    with Names() as mode:
+        ops.nearest(x, y)
+    assert mode.seen[0] == "fad_loss::knn"
+    with torch.profiler.profile() as profile:
+        ops.nearest(x, y)
+    assert "fad_loss::knn" in {event.key for event in profile.key_averages()}
+    dispatched, operator = [], _library.knn
+
+    def spy(*args):
+        dispatched.append(args)
+        return operator(*args)
+
+    monkeypatch.setitem(_operators._FUNCTIONS, spy, _operators._FUNCTIONS[operator])
+    monkeypatch.setattr(_library, "knn", spy)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    watched = [
+        lambda: ops.nearest(x.clone().requires_grad_(), y),
+        lambda: ops.nearest(x, y.clone().requires_grad_()),
+        lambda: ops.nearest(x.as_subclass(Subclass), y),
+        lambda: torch.vmap(ops.nearest)(x[None], y[None]),
+    ]
+    for number, run in enumerate(watched, 1):
+        run()
+        assert len(dispatched) == number
+    with torch.no_grad():
+        again = ops.nearest(x.clone().requires_grad_(), y)
+    assert len(dispatched) == len(watched)
+    assert all(map(torch.equal, again, found))
+
+
+def test_values_out_of_range_are_found_where_the_search_runs():
+    """Also in a compiled graph and under vmap, where nobody can look before."""
+    x, y = torch.randn(2, 1, 4, 20), torch.randn(2, 1, 5, 20)
+    y[1, 0, 3, 7] = torch.nan
+    for search in (torch.vmap(ops.nearest), torch.vmap(lambda x, y: ops.knn(x, y, 2))):
+        with pytest.raises(ValueError, match="y: 1 of 200 values are NaN"):
+            search(x, y)
+    compiled = torch.compile(ops.nearest, backend="aot_eager", fullgraph=True)
+    infinite, large = "x: 80 of 80 values are NaN", "x: expected magnitudes"
+    for bad, message in ((torch.inf, infinite), (1e20, large)):
+        with pytest.raises(ValueError, match=message):
+            compiled(torch.full((1, 4, 20), bad), y[0])
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs():
