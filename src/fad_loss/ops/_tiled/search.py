@@ -15,6 +15,7 @@ its column; rows in which two of those agree are selected by the scores themselv
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fad_loss.ops._dense import accumulation_dtype
-from fad_loss.ops._inputs import check_range
+from fad_loss.ops._inputs import check_range, largest_square
 from fad_loss.ops._precision import rounding_unit
 from fad_loss.ops._tiled.distances import Points
 from fad_loss.ops._tiled.few import nearest_of_few
@@ -58,7 +59,7 @@ FAR = 2
 # Elements of the candidates whose distances are computed at once on a CPU: they stay in the cache.
 EXACT_TILE = 1 << 17
 # Elements of points that become float64 at once for a network.
-WIDE_TILE = 1 << 16
+WIDE_TILE = 1 << 17
 
 
 def knn(
@@ -77,6 +78,10 @@ def knn(
     distance = x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
     index = x.new_empty(shape, dtype=torch.int64)
     buffers, checked = _Buffers(), x.device.type != "cpu"
+
+    def check() -> None:
+        check_range(x, y)
+
     for group in groups(x, y, x_offsets, y_offsets, _tile_size(x)):
         points = group.of_x(x), group.of_y(y)
         found = group.of_x(distance), group.of_x(index)
@@ -84,10 +89,11 @@ def knn(
             found[0].fill_(torch.inf)
             found[1].fill_(-1)
         elif k > 1 or exclude_self or not nearest_of_few(*points, *found):
-            if not checked:
-                check_range(x, y)
+            search = _Search(*points, k, exclude_self, buffers, check)
+            if not (checked or search.network):
+                check()
                 checked = True
-            _Search(*points, k, exclude_self, buffers).run(*found)
+            search.run(*found)
     return distance, index
 
 
@@ -119,12 +125,25 @@ class _Search:
 
     The score of a pair is ``|y_j|^2 - 2 x_i y_j``: the squared distance less ``|x_i|^2``, which
     does not change the order. With few channels it is the squared distance itself, summed directly.
+    `check` raises if values are out of range; where a network selects, it is called when norms say
+    so, else before.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, k: int, exclude_self: bool, buffers: _Buffers) -> None:
+    norms: Tensor  # (b, n)
+    bias: Tensor  # (b, m), the norms of y
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        k: int,
+        exclude_self: bool,
+        buffers: _Buffers,
+        check: Callable[[], None],
+    ) -> None:
         dtype = accumulation_dtype(x.dtype)
         self.x, self.y = x.to(dtype), y.to(dtype)
-        self.k, self.exclude_self, self.buffers = k, exclude_self, buffers
+        self.k, self.exclude_self, self.buffers, self.check = k, exclude_self, buffers, check
         self.size, channels = y.shape[1:]
         self.direct = channels <= DIRECT_CHANNELS
         self.looks = x.device.type == "cpu"
@@ -139,33 +158,37 @@ class _Search:
         if self.direct:
             self.left = self.x
             self.right = pad(self.y, (0, 0, 0, self.filling), value=torch.inf)
+        elif self.network:
+            self.left, self.right = self.x, self._filled(self.y)
+            self.norms = self.x.new_empty(self.x.shape[:2], dtype=torch.float64)
+            self.slack, self.centered = torch.empty_like(self.norms), False
         else:
-            self._prepare(center=not self.network)
-
-    def _prepare(self, *, center: bool) -> bool:
-        """What is multiplied, norms, and twice the error of a score; whether points were moved."""
-        dtype = torch.float64 if self.wide else self.x.dtype
-        self.centered, moved = center, False
-        if center:
-            # Uncentered points, where norms would shrink by less than nine tenths, cost some rows
-            # that have to be looked at again; centering costs copies of all of them.
-            points = Points.of(self.x, self.y, dtype, shrinking=0.9)
-            self.left, self.right, moved = points.x, points.y, points.moved
-            self.norms, self.bias = points.x_norms, points.y_norms
-        else:
-            # A root and its square, which are in `score_error`, but no copies in float64.
-            self.left, self.right = self.x, self.y
-            self.norms, self.bias = (
-                torch.linalg.vector_norm(t, dim=-1, dtype=dtype).square_() for t in (self.x, self.y)
-            )
-        # What lies further than this behind cannot come first. Products of tiny numbers underflow:
-        # an error that does not shrink with them.
-        self.slack = self.norms + self.bias.amax(1, keepdim=True)
-        self.slack.mul_(2 * self.error).add_(torch.finfo(self.x.dtype).tiny)
-        if self.filling:
-            self.right = pad(self.right, (0, 0, 0, self.filling))
+            self._center()
+            self.slack = self._twice_the_error(self.norms, self.bias)
             self.bias = pad(self.bias, (0, self.filling), value=torch.inf)
-        return moved
+
+    def _center(self) -> bool:
+        """Put the origin among the points, if that shrinks them; whether it does.
+
+        Uncentered points, where norms would shrink by less than nine tenths, cost some rows that
+        have to be looked at again; centering costs copies of all of them.
+        """
+        dtype = torch.float64 if self.wide else self.x.dtype
+        points = Points.of(self.x, self.y, dtype, shrinking=0.9)
+        self.left, self.right = points.x, self._filled(points.y)
+        self.norms, self.bias, self.centered = points.x_norms, points.y_norms, True
+        return points.moved
+
+    def _filled(self, y: Tensor) -> Tensor:
+        return pad(y, (0, 0, 0, self.filling)) if self.filling else y
+
+    def _twice_the_error(self, norms: Tensor, bias: Tensor) -> Tensor:
+        """Of the scores of each row: what lies further than this behind cannot come first.
+
+        Products of tiny numbers underflow: an error that does not shrink with them.
+        """
+        sums = norms + bias.amax(1, keepdim=True)
+        return sums.mul_(2 * self.error).add_(torch.finfo(self.x.dtype).tiny)
 
     def run(self, distance: Tensor, index: Tensor) -> None:
         """Fill the results, (b, n, k)."""
@@ -251,7 +274,7 @@ class _Search:
         if (exact[0] * 2.0**-23 <= slack).any():
             place, cloud, row = (exact[:-1] * 2.0**-23 <= slack).nonzero(as_tuple=True)
             far = not self.centered and len(place) > FAR * clouds * count
-            if far and self._prepare(center=True):
+            if far and self._center():
                 # Where the old scores were.
                 return self._rank(self._scores(rows), rows, distance, index)
             self._renew(cloud, row + rows.start, place, distance, index)
@@ -293,8 +316,15 @@ class _Search:
             out = self.buffers.take("scores", (len(x), y.shape[1], x.shape[1]), self.norms)
             for part in steps(len(x), WIDE_TILE // max(x[0].numel(), y[0].numel())):
                 left, right = self._widened("left", x[part]), self._widened("right", y[part])
-                bias = self.bias[part].unsqueeze(-1)
-                torch.baddbmm(bias, right, left.mT, alpha=-2, out=out[part])
+                # A root and its square: `score_error` has room for the rounding, and there is no
+                # memory for all the squares.
+                own, bias = (torch.linalg.vector_norm(t, dim=-1).square_() for t in (left, right))
+                self.norms[part, rows] = own
+                self.slack[part, rows] = self._twice_the_error(own, bias)
+                bias[:, self.size :] = torch.inf
+                torch.baddbmm(bias.unsqueeze(-1), right, left.mT, alpha=-2, out=out[part])
+            if not self.slack[:, rows].amax().item() <= self.error * largest_square(self.x):
+                self.check()
             scores = out.mT
         else:
             out = self.buffers.take("scores", (*x.shape[:2], y.shape[1]), x)
