@@ -23,7 +23,7 @@ from distill.data import Clouds  # noqa: E402
 from distill.methods import teach  # noqa: E402
 from distill.storage import load_checkpoint, save  # noqa: E402
 from distill.training import Settings  # noqa: E402
-from study import fleet, ordered, paired, rows, study, verdicts  # noqa: E402
+from study import fleet, ordered, paired, rows, segments, study, verdicts, worker  # noqa: E402
 
 EPOCHS = 12
 
@@ -84,10 +84,9 @@ class Plan:
     setting: str = "sampled"
     epochs: int = 4
     views: int = 0
-    teacher: str = ""
 
-    def __post_init__(self):
-        self.teacher = f"{self.state}/teacher.pt"
+    def teacher(self, seed):
+        return Path(self.state) / "teacher.pt"
 
     def folder(self, row, seed):
         return Path(self.state) / f"{row}-{seed}"
@@ -107,6 +106,7 @@ def test_a_call_starts_what_will_end_in_time(tmp_path, monkeypatch):
     (tmp_path / "alone-2").mkdir()
     (tmp_path / "alone-2" / "student-1.jsonl").write_text("{}\n")
     assert runs.take() == {"row": "alone", "seed": 2}
+    (tmp_path / "teacher.pt").touch()
     runs._finish(
         runs.running.pop(0), {"row": "teacher", "seed": 0, "accuracy": 0.5, "seconds": 1.0}
     )
@@ -240,6 +240,73 @@ def test_all_rows_of_a_seed_begin_alike_and_pull_with_the_same_share(sampled):
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_few_labels_are_another_split_for_every_seed():
+    labels = torch.arange(24) % 4
+    clouds = Clouds(torch.arange(24.0).view(24, 1, 1).expand(24, 2, 3), labels)
+    given = clouds.select(slice(9)), clouds.select(slice(9, 24))
+    splits = [worker.few(*given, 2, seed) for seed in (0, 1)]
+    for train, test in splits:
+        assert train.labels.bincount().tolist() == [2] * 4
+        assert test.labels.bincount().tolist() == [4] * 4
+        seen = torch.cat([train.points, test.points])[:, 0, 0]
+        assert torch.equal(seen.sort().values, torch.arange(24.0))
+        assert torch.equal(torch.cat([train.labels, test.labels]), seen.long() % 4)
+    assert not torch.equal(splits[0][0].points, splits[1][0].points)
+
+
+def test_labels_stay_with_their_points():
+    made = segments.shapes(6, 4, 16)
+    split = made.train
+    assert split.labels.shape == (6, 16)
+    generator = torch.Generator().manual_seed(0)
+    drawn = split.draw(9, generator)
+    for cloud in range(6):
+        pairs, found = (
+            {(*point, label) for *point, label in torch.cat([points, labels], -1).tolist()}
+            for points, labels in (
+                (one.points[cloud], one.labels[cloud].unsqueeze(-1)) for one in (split, drawn)
+            )
+        )
+        assert len(found) == 9
+        assert found < pairs
+    # Epochs scale and shift them, and keep their order.
+    points, _ = ordered.Epochs(split, Settings(1, 16), sampled=False).take(0, torch.arange(6))
+    spread = (points - points.mean(1, keepdim=True)) / points.std(1, keepdim=True)
+    own = (split.points - split.points.mean(1, keepdim=True)) / split.points.std(1, keepdim=True)
+    torch.testing.assert_close(spread, own, rtol=1e-4, atol=1e-4)
+    assert ordered.parts(split, 4, sampled=False) == [split]
+
+
+def test_the_score_of_parts_is_the_mean_iou():
+    clouds = Clouds(torch.zeros(1, 6, 3), torch.tensor([[0, 0, 1, 1, 2, 3]]))
+    guess = torch.nn.functional.one_hot(torch.tensor([[0, 1, 1, 1, 2, 2]]), 4).float()
+
+    class Network(torch.nn.Module):
+        def forward(self, points):
+            return guess
+
+    # 1 of 2, 2 of 3, 1 of 2, 0 of 1.
+    expected = (1 / 2 + 2 / 3 + 1 / 2 + 0) / 4
+    assert segments.mean_iou(Network(), clouds) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["parts", "scans"])
+def test_other_settings_run(setting, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    arguments = [
+        "paired", setting, "--tiny", "--rows", "alone", "fad-two", "--seeds", "0", "1",
+        "--jobs", "1", "--output", str(tmp_path / "output"), "--state", str(tmp_path / "state"),
+        "--commit", "tested", "--device", "cpu",
+    ]  # fmt: skip
+    assert study.main(arguments) == 0
+    found = verdicts.read(tmp_path / "output")
+    teachers = [line["seed"] for line in found if line["row"] == "teacher"]
+    assert teachers == ([0, 1] if setting == "scans" else [0])
+    assert [line["row"] for line in found if line["seed"] == 1][-2:] == ["alone", "fad-two"]
+    said = {"parts": "mean IoU", "scans": "Each seed has another split, 1 clouds of a class"}
+    assert said[setting] in capsys.readouterr().out
+
+
 def test_the_ablation_is_the_squared_error_and_nothing_else():
     student = torch.randn(2, 8, 4, requires_grad=True)
     teacher = torch.randn(2, 8, 4)
@@ -253,7 +320,7 @@ def test_verdicts_are_what_the_pairs_say():
     def line(row, seed, accuracy):
         return {
             "setting": "sampled", "row": row, "seed": seed, "accuracy": accuracy, "epochs": 9,
-            "batch_size": 32, "views": 0, "data": "d", "commit": "c", "device": "gpu",
+            "batch_size": 32, "views": 0, "labels": 0, "data": "d", "commit": "c", "device": "gpu",
             "clouds": [9, 3], "parts": [accuracy], "points": 256, "parameters": 40,
             "arch": "pointnet2",
         }  # fmt: skip

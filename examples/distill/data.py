@@ -21,7 +21,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Clouds:
-    """Clouds: points ``(n, P, 3)`` float32, labels ``(n,)`` int64.
+    """Clouds: points ``(n, P, 3)`` float32, labels ``(n,)``, or of every point ``(n, P)``, int64.
 
     Of equal size, or, with lengths ``(n,)`` int64, the first so many points of each.
     """
@@ -54,8 +54,10 @@ class Clouds:
         if lengths is not None:
             noise = noise.masked_fill(~within(lengths, noise.shape[1]), -1)
             lengths = lengths.clamp(max=points)
-        index = noise.topk(points, dim=1).indices.unsqueeze(-1).expand(-1, -1, 3)
-        return Clouds(self.points.gather(1, index), self.labels, lengths)
+        index = noise.topk(points, dim=1).indices
+        labels = self.labels if self.labels.dim() == 1 else self.labels.gather(1, index)
+        index = index.unsqueeze(-1).expand(-1, -1, 3)
+        return Clouds(self.points.gather(1, index), labels, lengths)
 
 
 def within(lengths: Tensor, points: int) -> Tensor:

@@ -87,6 +87,7 @@ class Supervised(nn.Module):
 
     def task(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What the labels say."""
+        logits, labels = logits.flatten(0, -2), labels.flatten()  # of clouds, or of points
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
     def statistics(self) -> dict[str, Tensor]:

@@ -428,7 +428,14 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def widest(arch: str, classes: int, budget: float, steps: int = 1024) -> float:
+def widest(
+    arch: str,
+    classes: int,
+    budget: float,
+    steps: int = 1024,
+    *,
+    build: Callable[[str, int, float], nn.Module] = build,
+) -> float:
     """The largest width, in steps of ``1 / steps``, at which a network fits `budget` parameters.
 
     Raises:

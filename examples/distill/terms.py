@@ -32,8 +32,8 @@ class KnowledgeDistillation(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        guess = F.log_softmax(student / self.temperature, dim=-1)
-        target = F.log_softmax(teacher / self.temperature, dim=-1)
+        guess = F.log_softmax(student.flatten(0, -2) / self.temperature, dim=-1)
+        target = F.log_softmax(teacher.flatten(0, -2) / self.temperature, dim=-1)
         divergence = F.kl_div(guess, target, reduction="batchmean", log_target=True)
         return self.temperature**2 * divergence
 

@@ -118,13 +118,13 @@ def batches(labels: Tensor, size: int, generator: torch.Generator) -> Iterator[T
 
 @torch.no_grad()
 def accuracy(network: nn.Module, clouds: Clouds, points: int, batch_size: int = 128) -> float:
-    """The share of clouds classified correctly, by the first `points` points of each."""
+    """The share of clouds (or points) classified correctly, by the first `points` of each."""
     network.eval()
     right = torch.zeros((), dtype=torch.int64, device=clouds.labels.device)
     for start in range(0, len(clouds), batch_size):
         batch = clouds.select(slice(start, start + batch_size))
         right += (network(batch.first(points)).argmax(dim=-1) == batch.labels).sum()
-    return right.item() / len(clouds)
+    return right.item() / clouds.labels.numel()
 
 
 def _means(records: list[dict[str, Tensor]]) -> Record:
@@ -185,11 +185,11 @@ def fit(
                 group["lr"] = settings.rate(done)
             batch, known = data.train.select(index), None
             if views is None:
-                drawn = batch.draw(settings.points, generator)
+                batch = batch.draw(settings.points, generator)
                 points = augment(
-                    drawn.points, generator, jitter=settings.jitter, rotate=settings.rotate
+                    batch.points, generator, jitter=settings.jitter, rotate=settings.rotate
                 )
-                points = packed(points, drawn.lengths)
+                points = packed(points, batch.lengths)
             else:
                 points, known = views.take(epoch, index)
             made = objective(points, batch.labels, known)
@@ -209,7 +209,7 @@ def fit(
             "epoch": epoch + 1,
             **_means(losses),
             "learning_rate": settings.rate(epoch),
-            "train_accuracy": right.item() / (steps * batch_size),
+            "train_accuracy": right.item() / (steps * batch.labels.numel()),
             "test_accuracy": accuracy(network, data.test, settings.points),
             **_means(logged),
         }

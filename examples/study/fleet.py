@@ -96,7 +96,6 @@ class Fleet:
         self.seconds: dict[str, list[float]] = {}
         for line in known:
             self.seconds.setdefault(line["row"], []).append(line["seconds"])
-        self.taught = Path(plan.teacher).exists()
 
     def take(self) -> Line | None:
         """The next run that can start, waiting for one if need be; None if there is none."""
@@ -108,7 +107,7 @@ class Fleet:
                     self.running.append(task)
                     return task
                 # What waits for the teacher will be ready, what does not fit will not.
-                if self.taught or not any(task["row"] == "teacher" for task in self.running):
+                if not any(task["row"] == "teacher" for task in self.running):
                     return None
                 self.changed.wait(1)
         return None
@@ -116,7 +115,7 @@ class Fleet:
     def _ready(self, task: Line) -> bool:
         if task["row"] == "teacher":
             return True
-        if not self.taught:
+        if not self.plan.teacher(task["seed"]).exists():
             needed = task["row"] != "alone" or self.plan.views  # which the teacher has seen too
             if needed or len(self.running) > BESIDE:
                 return False
@@ -159,7 +158,6 @@ class Fleet:
         append(self.output / f"{self.plan.setting}.jsonl", line)
         shutil.rmtree(self.plan.folder(**task), ignore_errors=True)
         self.seconds.setdefault(task["row"], []).append(line["seconds"])
-        self.taught |= task["row"] == "teacher"
         left = len(self.waiting) + len(self.running)
         print(
             f"{name}: {100 * line['accuracy']:.2f} % in {line['seconds']:.0f} s, {left} left",

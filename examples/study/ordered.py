@@ -105,13 +105,20 @@ class Epochs:
         # Where the samples begin is drawn by the global generator.
         torch.manual_seed(seed)
         generator = torch.Generator(self.clouds.labels.device).manual_seed(seed)
-        drawn = self.clouds.draw(self.settings.points, generator)
+        drawn = self.clouds
+        if drawn.labels.dim() == 1:  # labels of points stay in their order
+            drawn = drawn.draw(self.settings.points, generator)
         points = augment(drawn.points, generator)
         return both_orders(points, random=True) if self.sampled else points
 
 
 def parts(clouds: Clouds, points: int, *, sampled: bool) -> list[Clouds]:
-    """Each cloud's points in disjoint parts of so many: as many test sets of the same objects."""
+    """Each cloud's points in disjoint parts of so many: as many test sets of the same objects.
+
+    Points with labels of their own stay together.
+    """
+    if clouds.labels.dim() > 1:
+        return [clouds]
     starts = range(0, clouds.points.shape[1] - points + 1, points)
     cut = [clouds.points[:, start : start + points].contiguous() for start in starts]
     if sampled:

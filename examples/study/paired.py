@@ -39,13 +39,13 @@ class Setting:
     """What is distilled, and how long, where the command says nothing else.
 
     Attributes:
-        sampled: whether the networks sample, see `study.ordered`; else they are PointNets.
+        arch: of the networks, see `worker.Plan`.
         rows: of `study.rows`, the most important first.
         teacher: a checkpoint that is there; else one is trained, in `teacher_epochs`.
-        views: see `worker.Plan`.
+        views, labels: see `worker.Plan`.
     """
 
-    sampled: bool
+    arch: str
     epochs: int
     batch_size: int
     seeds: int
@@ -54,17 +54,28 @@ class Setting:
     teacher_epochs: int = 0
     points: int = 256
     views: int = 0
+    labels: int = 0
+    learning_rate: float = 6e-3
 
 
 SETTINGS = {
     "sampled": Setting(
-        True, 10, 32, 6, ("alone", "fad", "fad-positions", "squared", "fitnet", "kd"),
+        "pointnet2", 10, 32, 6, ("alone", "fad", "fad-positions", "squared", "fitnet", "kd"),
         teacher_epochs=20, views=10,
     ),
     # Larger batches, so that a GPU sees more epochs in the same time.
     "pointnet": Setting(
-        False, 60, 64, 6, ("alone", "fad-two", "squared-two", "kd"),
+        "pointnet", 60, 64, 6, ("alone", "fad-two", "squared-two", "kd"),
         teacher=HERE / "teachers" / "pointnet.pt", views=12,
+    ),
+    # Real scans of few objects, of which few have labels.
+    "scans": Setting(
+        "pointnet", 200, 32, 6, ("alone", "fad-two", "squared-two", "kd"),
+        teacher_epochs=200, labels=20,
+    ),
+    "parts": Setting(
+        "segmenter", 20, 32, 6, ("alone", "fad-two", "squared-two", "kd"),
+        teacher_epochs=30, points=128,
     ),
 }  # fmt: skip
 COMMANDS = {
@@ -72,8 +83,10 @@ COMMANDS = {
     "verdicts": "what their lines say",
     "worker": "a process of `paired`, which starts it",
 }
+# What lines of the same table have in common.
+SAME = "epochs", "batch_size", "views", "labels"
 # For a look at whether everything works: generated shapes, on any machine.
-TINY = {"points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40, "views": 2}
+TINY = {"points": 32, "epochs": 2, "teacher_epochs": 1, "batch_size": 40}
 
 
 def pack(state: Path, file: Path) -> None:
@@ -135,7 +148,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("setting", choices=SETTINGS)
-    add("--data", default="synthetic", help="as for distill")
+    add("--data", help="as for distill (synthetic); parts has its own")
     add("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", type=int, nargs="+", help="which seeds (six)")
     add("--points", type=int, help="of a cloud (256)")
@@ -145,7 +158,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int)
     add("--views", type=int, help="of every cloud, recorded, and seen by all students in turn; 0: "
         "no two epochs have the same clouds")  # fmt: skip
-    add("--learning-rate", type=float, default=6e-3, help="of the students (0.006)")
+    add("--labels", type=int, help="train on so many clouds of every class, other ones for every "
+        "seed, and test on the others; 0: as the data says")  # fmt: skip
+    add("--learning-rate", type=float, help="of the students (0.006)")
     add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
     add("--compress", type=float, default=40.0, help="how many times fewer parameters (40)")
     add("--jobs", type=int, default=8, help="runs at once (8)")
@@ -173,30 +188,37 @@ def prepare(options: argparse.Namespace) -> Any:
 
     from distill import readers  # noqa: PLC0415
     from distill.data import synthetic  # noqa: PLC0415
+    from study.segments import shapes  # noqa: PLC0415
     from study.study import commit  # noqa: PLC0415
     from study.worker import Plan, write_clouds  # noqa: PLC0415
 
     setting = SETTINGS[options.setting]
     defaults = {**asdict(setting), **(TINY if options.tiny else {})}
-    if options.data == "synthetic":
+    if setting.arch == "segmenter":
+        data = shapes(80, 40, TINY["points"]) if options.tiny else shapes()
+    elif options.data is None or options.data == "synthetic":
         size = (2, 1, 2 * TINY["points"]) if options.tiny else (30, 12, 1024)
         data = synthetic(*size)
     else:
         data = readers.read(Path(options.data), cache=options.state, points=1024)
-    given = {name: getattr(options, name) for name in TINY}
+    if options.tiny:
+        defaults |= {
+            name: min(defaults[name], most) for name, most in (("labels", 1), ("views", 2))
+        }
+    given = {name: getattr(options, name) for name in (*TINY, "views", "labels", "learning_rate")}
     digest = data.fingerprint()
     clouds = options.state / f"clouds-{digest}.pt"
     if not clouds.exists():
         write_clouds(clouds, data)
     teacher = options.teacher or (None if options.teacher_epochs else setting.teacher)
+    made = f"teacher-{options.setting}-{digest}.pt"
     return Plan(
         setting=options.setting,
-        sampled=setting.sampled,
+        arch=setting.arch,
         clouds=str(clouds),
         data=digest,
-        teacher=str(teacher or options.output / f"teacher-{options.setting}.pt"),
+        teachers=str(teacher or options.output / made),
         state=str(options.state / "unfinished"),
-        learning_rate=options.learning_rate,
         teacher_learning_rate=options.teacher_learning_rate,
         compress=options.compress,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -246,8 +268,11 @@ def deal(plan: Any, options: argparse.Namespace, began: float) -> Fleet:
     seeds = range(setting.seeds) if options.seeds is None else options.seeds
     # Seed by seed, so that what is there when time is up can be compared.
     wanted = [(row, seed) for seed in seeds for row in options.rows or setting.rows]
-    # A teacher that is there only has to be scored, and nobody waits for it.
-    wanted.insert(len(wanted) if Path(plan.teacher).exists() else 0, ("teacher", 0))
+    for seed in reversed(seeds if plan.labels else [0]):
+        # A teacher that is there only has to be scored, and nobody waits for it.
+        last = plan.teacher(seed).exists()
+        place = len(wanted) if last else next(i for i, own in enumerate(wanted) if own[1] >= seed)
+        wanted.insert(place, ("teacher", seed))
     tasks = [{"row": row, "seed": seed} for row, seed in wanted if (row, seed) not in done]
     end = began + options.limit - CLOSE
     return Fleet(plan, tasks, known, options.output, deadline=end, carry_on=options.carry_on)
@@ -257,9 +282,8 @@ def belongs(line: Line, plan: Any) -> bool:
     """Whether a line is of a run of this plan."""
     if (line["setting"], line["data"]) != (plan.setting, plan.data):
         return False
-    if line["row"] == "teacher":
-        return True
-    return all(line[name] == getattr(plan, name) for name in ("epochs", "batch_size", "views"))
+    names = ("labels",) if line["row"] == "teacher" else SAME
+    return all(line[name] == getattr(plan, name) for name in names)
 
 
 def report(output: Path) -> int:

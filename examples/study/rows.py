@@ -23,6 +23,7 @@ from distill.terms import WEIGHTS, KnowledgeDistillation, SquaredError
 from fad_loss import Distiller, HeadDiscriminator, capture_features, interpolate
 from fad_loss.discriminators import Discriminator, Game
 from fad_loss.gradients import GradientBalance, weigh_gradient
+from study.segments import Segmenter
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,9 @@ def _distiller(
     if row.points == "squared":
         layers[student.layer] = teacher.layer, SquaredDiscriminator()
     if row.last:
-        judge = HeadDiscriminator(teacher.classifier[-1])
+        # Of points with labels of their own, it judges each.
+        pool = None if isinstance(teacher, Segmenter) else "max"
+        judge = HeadDiscriminator(teacher.classifier[-1], pool=pool)
         other = judge if row.last == "judge" else SquaredDiscriminator()
         layers[student.penultimate] = teacher.penultimate, other
     places = {student.layer: (student.places, teacher.places)}

@@ -84,7 +84,7 @@ def shown(found: Difference | None) -> str:
     return f"{found.mean:+.2f} ± {found.error:.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
-def table(lines: list[Line], teacher: Line | None) -> list[str]:
+def table(lines: list[Line], teacher: float | None) -> list[str]:
     """The rows of one setting, the best first."""
     found = scores(lines)
     alone = found.get("alone", {})
@@ -103,13 +103,13 @@ def table(lines: list[Line], teacher: Line | None) -> list[str]:
             str(len(values)),
             shown(difference(found[row], alone)) if row != "alone" else "",
             "".join(shown(difference(found[row], found.get(name, {}))) for name in ablation),
-            "" if teacher is None else f"{100 * teacher['accuracy'] - mean:.2f}",
+            "" if teacher is None else f"{100 * teacher - mean:.2f}",
         ]
         text.append(f"| {' | '.join(cells)} |")
     return text
 
 
-def sentences(lines: list[Line], teacher: Line | None) -> list[str]:
+def sentences(lines: list[Line], teacher: float | None) -> list[str]:
     """What every row claims against the others, and how far the best is from the teacher."""
     found = scores(lines)
     text = []
@@ -127,7 +127,7 @@ def sentences(lines: list[Line], teacher: Line | None) -> list[str]:
             text.append(f"- {row} against {other}: {one.word} ({figures}).")
     if teacher is not None and found:
         best = max(found, key=lambda row: statistics.fmean(found[row].values()))
-        below = 100 * (teacher["accuracy"] - statistics.fmean(found[best].values()))
+        below = 100 * (teacher - statistics.fmean(found[best].values()))
         text.append(f"- The best, {best}, is {below:.2f} points below its teacher.")
     return text
 
@@ -148,15 +148,14 @@ def report(lines: list[Line]) -> str:
     groups: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
     for line in lines:
         if line["row"] in ROWS:
-            names = "setting", "epochs", "batch_size", "views", "data"
+            names = "setting", "epochs", "batch_size", "views", "labels", "data"
             groups[tuple(line[name] for name in names)].append(line)
-    for (setting, epochs, batch, views, data), found in sorted(groups.items()):
-        teachers = [
-            line
-            for line in lines
-            if (line["row"], line["setting"], line["data"]) == ("teacher", setting, data)
-        ]
-        teacher, first = (teachers or [None])[-1], found[0]
+    for (setting, epochs, batch, views, labels, data), found in sorted(groups.items()):
+        sought = "teacher", setting, labels, data
+        names = "row", "setting", "labels", "data"
+        # Of one seed, the latest.
+        teachers = {line["seed"]: line for line in lines if tuple(map(line.get, names)) == sought}
+        first = found[0]
         commits = ", ".join(sorted({line["commit"] for line in found}))
         devices = ", ".join(sorted({line["device"] for line in found}))
         train, test = first["clouds"]
@@ -167,15 +166,21 @@ def report(lines: list[Line]) -> str:
         )
         if views:
             described += f" All learn from the same {views} views of every cloud."
+        if labels:
+            described += f" Each seed has another split, {labels} clouds of a class for training."
+        if first["arch"] == "segmenter":
+            described += " The score is the mean IoU of the parts."
         text += [
             f"## {setting}, {epochs} epochs",
             "",
             described,
         ]
-        if teacher is not None:
-            text.append(
-                f"Teacher: {teacher['parameters']:,} parameters, {100 * teacher['accuracy']:.2f} %."
-            )
+        score = None
+        if teachers:
+            size = next(iter(teachers.values()))["parameters"]
+            score = statistics.fmean(line["accuracy"] for line in teachers.values())
+            of = f", the mean of {len(teachers)}" if len(teachers) > 1 else ""
+            text.append(f"Teacher: {size:,} parameters, {100 * score:.2f} %{of}.")
         text += [f"Commits: {commits}. Devices: {devices}.", ""]
-        text += [*table(found, teacher), "", *sentences(found, teacher), ""]
+        text += [*table(found, score), "", *sentences(found, score), ""]
     return "\n".join(text)

@@ -32,6 +32,7 @@ from distill.training import Record, Run, Settings, accuracy, fit
 from distill.views import Views
 from study.ordered import Epochs, Sampled, both_orders, parts
 from study.rows import ROWS, Recipe, Replay
+from study.segments import Segmenter, mean_iou
 
 Line = dict[str, Any]
 
@@ -42,32 +43,45 @@ class Plan:
 
     Attributes:
         setting: its name.
-        sampled: whether the networks sample (`Sampled`), or are PointNets.
+        arch: "pointnet"; "pointnet2", networks that sample (`Sampled`); "segmenter" (`Segmenter`).
         clouds: the data as `write_clouds` wrote it.
         data: its digest.
-        teacher: the checkpoint; it is trained if it is not there.
+        teachers: where the checkpoint is; with `labels`, one for every seed. Trained if not there.
         state: where checkpoints of runs are.
         views: of every cloud, recorded with what the teacher makes of them, for all students;
             none if every student is to see clouds of its own.
+        labels: of every class, so many clouds are for training and the others for the test, other
+            ones for every seed; 0: as the data says.
     """
 
     setting: str
-    sampled: bool
+    arch: str
     clouds: str
     data: str
-    teacher: str
+    teachers: str
     state: str
     points: int
     epochs: int
     teacher_epochs: int
     batch_size: int
     views: int
+    labels: int
     learning_rate: float
     teacher_learning_rate: float
     compress: float
     device: str
     backend: str
     commit: str
+
+    @property
+    def sampled(self) -> bool:
+        """Whether networks see ordered clouds."""
+        return self.arch == "pointnet2"
+
+    def teacher(self, seed: int) -> Path:
+        """The checkpoint of the teacher for the students of a seed."""
+        path = Path(self.teachers)
+        return path.with_stem(f"{path.stem}-{seed}") if self.labels else path
 
     def folder(self, row: str, seed: int) -> Path:
         """Where a run keeps its checkpoint until it is finished."""
@@ -90,17 +104,44 @@ def write_clouds(path: Path, data: Dataset) -> None:
     save(path, {"name": data.name, "classes": [str(name) for name in data.classes], **tensors})
 
 
+def build(arch: str, classes: int, width: float = 1.0) -> Network:
+    """A network that does not see ordered clouds, by its name."""
+    make = Segmenter if arch == "segmenter" else networks.ARCHITECTURES[arch]
+    return make(classes, width)
+
+
+def few(train: Clouds, test: Clouds, labels: int, seed: int) -> tuple[Clouds, Clouds]:
+    """All clouds anew: so many of each class for training, the others for the test."""
+    both = Clouds(torch.cat([train.points, test.points]), torch.cat([train.labels, test.labels]))
+    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))
+    both = both.select(order.to(both.labels.device))
+    kinds = torch.nn.functional.one_hot(both.labels)
+    chosen = ((kinds.cumsum(0) <= labels) & (kinds == 1)).any(1)
+    return both.select(chosen), both.select(~chosen)
+
+
 class Bench:
     """The data and the networks on the device."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.device = plan, torch.device(plan.device)
         state = torch.load(plan.clouds, map_location=self.device, weights_only=True)
-        self.classes = state["classes"]
-        self.train = Clouds(*state["train"])
-        self.tests = parts(Clouds(*state["test"]), plan.points, sampled=plan.sampled)
-        # What is scored after every epoch is the first part.
-        self.data = Dataset(state["name"], self.train, self.tests[0], self.classes)
+        self.name, self.classes = state["name"], state["classes"]
+        self.clouds = [Clouds(*state[split]) for split in ("train", "test")]
+        self.seed: int | None = None
+
+    def choose(self, seed: int) -> None:
+        """Take the training and test clouds of a seed."""
+        plan, (train, test) = self.plan, self.clouds
+        if self.seed is not None and (seed == self.seed or not plan.labels):
+            return
+        if plan.labels:
+            train, test = few(train, test, plan.labels, seed)
+        self.seed, self.train = seed, train
+        self.tests = parts(test, plan.points, sampled=plan.sampled)
+        # What is scored after every epoch is the first part; of many clouds for few, some.
+        seen = self.tests[0].select(slice(len(train))) if plan.labels else self.tests[0]
+        self.data = Dataset(self.name, train, seen, self.classes)
 
     def network(self, seed: int, width: float = 1.0, *, teacher: bool) -> Network:
         """A fresh one; its weights are drawn on the CPU, the same for every device."""
@@ -108,13 +149,8 @@ class Bench:
         if self.plan.sampled:
             made: Network = Sampled(len(self.classes), width, teacher=teacher)
         else:
-            made = networks.build("pointnet", len(self.classes), width)
+            made = build(self.plan.arch, len(self.classes), width)
         return made.to(self.device)
-
-    @property
-    def arch(self) -> str:
-        """What the networks are called."""
-        return "pointnet2" if self.plan.sampled else "pointnet"
 
     def fit(
         self, network: Network, objective: Supervised, run: Run, views: Views | None = None
@@ -125,7 +161,7 @@ class Bench:
 
     def views(self) -> Views | None:
         """What all students see, recorded by the first process that asks for it."""
-        plan, teacher = self.plan, Path(self.plan.teacher)
+        plan, teacher = self.plan, self.plan.teacher(self.seed)
         if not plan.views:
             return None
         key = {"data": plan.data, "teacher": hashlib.sha256(teacher.read_bytes()).hexdigest()}
@@ -147,32 +183,34 @@ class Bench:
 
     def teacher(self) -> Network:
         """The trained teacher, frozen."""
-        state = load_checkpoint(Path(self.plan.teacher))
+        state = load_checkpoint(self.plan.teacher(self.seed))
         network = self.network(0, teacher=True)
         network.load_state_dict(state["network"])
         return network.eval().requires_grad_(False)
 
-    def train_teacher(self) -> Line:
+    def train_teacher(self, seed: int) -> Line:
         """The teacher, unless it is there, and its score."""
-        plan, path, history = self.plan, Path(self.plan.teacher), []
+        self.choose(seed)
+        plan, path, history = self.plan, self.plan.teacher(seed), []
         if not path.exists():
-            network = self.network(0, teacher=True)
-            settings = self.settings(plan.teacher_epochs, plan.teacher_learning_rate, 0)
-            description = {"arch": self.arch, "width": 1.0, "classes": len(self.classes)}
-            run = Run(plan.folder("teacher", 0), "teacher", description, settings)
+            network = self.network(seed, teacher=True)
+            settings = self.settings(plan.teacher_epochs, plan.teacher_learning_rate, seed)
+            description = {"arch": plan.arch, "width": 1.0, "classes": len(self.classes)}
+            run = Run(plan.folder("teacher", seed), "teacher", description, settings)
             self.fit(network, Supervised(network), run)
             history = run.history
             content = {"description": description, "settings": asdict(settings)}
             save(path, {**content, "history": history, "network": network.state_dict()})
-        return self.line("teacher", 0, self.teacher(), history)
+        return self.line("teacher", seed, self.teacher(), history)
 
     def train_student(self, row: str, seed: int) -> Line:
         """One student of a row, and its score."""
+        self.choose(seed)
         plan, chosen = self.plan, ROWS[row]
         with torch.device("meta"):
-            full = networks.build(self.arch, len(self.classes))
+            full = build(plan.arch, len(self.classes))
         budget = networks.parameters(full) / plan.compress
-        width = networks.widest(self.arch, len(self.classes), budget)
+        width = networks.widest(plan.arch, len(self.classes), budget, build=build)
         student = self.network(seed, width, teacher=False)
         teacher, views = self.teacher() if chosen.taught else None, self.views()
         example = self.train.points[:2, : plan.points]
@@ -186,7 +224,7 @@ class Bench:
         if teacher is not None and views:
             objective.replay = Replay(teacher)
         settings = self.settings(plan.epochs, plan.learning_rate, seed)
-        description = {"row": row, "arch": self.arch, "width": width, "data": plan.data}
+        description = {"row": row, "arch": plan.arch, "width": width, "data": plan.data}
         description |= {"classes": len(self.classes), "views": plan.views, "commit": plan.commit}
         run = Run(plan.folder(row, seed), "student", description, settings)
         self.fit(student, objective, run, views)
@@ -196,7 +234,10 @@ class Bench:
         """What is known of a finished run."""
         plan = self.plan
         # Of a cloud's parts in the mean: less noise than one of them, from the same students.
-        scores = [accuracy(network, part, plan.points, 256) for part in self.tests]
+        if plan.arch == "segmenter":
+            scores = [mean_iou(network, part) for part in self.tests]
+        else:
+            scores = [accuracy(network, part, plan.points, 256) for part in self.tests]
         cuda = self.device.type == "cuda"
         return {
             "setting": plan.setting,
@@ -205,6 +246,7 @@ class Bench:
             "epochs": plan.teacher_epochs if row == "teacher" else plan.epochs,
             "batch_size": plan.batch_size,
             "views": plan.views,
+            "labels": plan.labels,
             "learning_rate": plan.learning_rate,
             "points": plan.points,
             "accuracy": sum(scores) / len(scores),
@@ -213,7 +255,7 @@ class Bench:
             "last_epoch": {name: float(f"{v:.5g}") for name, v in (history or [{}])[-1].items()},
             "seconds": round(sum(record["seconds"] for record in history), 2),
             "parameters": networks.parameters(network),
-            "arch": self.arch,
+            "arch": plan.arch,
             "data": plan.data,
             "clouds": [len(self.train), len(self.tests[0])],
             "device": torch.cuda.get_device_name() if cuda else platform.machine(),
@@ -243,7 +285,7 @@ def serve() -> int:
         task = json.loads(request)
         try:
             if task["row"] == "teacher":
-                answer = bench.train_teacher()
+                answer = bench.train_teacher(task["seed"])
             else:
                 answer = bench.train_student(**task)
         except Exception as error:  # noqa: BLE001  # another run may do better
