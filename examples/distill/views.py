@@ -29,6 +29,10 @@ BATCH = 64
 ARRAYS = ("clouds", *Seen._fields)
 
 
+def _cut(seen: Seen, kept: int) -> Seen:
+    return seen._replace(points=seen.points[:, :kept], positions=seen.positions[:, :kept])
+
+
 class Views:
     """Arrays on disk, mapped into memory, that several processes share.
 
@@ -74,7 +78,8 @@ class Views:
         """
         teacher.eval()
         example = prepare(clouds.points[:2, : settings.points])
-        kept = min(most, teach(teacher, example).points.shape[1])
+        seen = teach(teacher, example)
+        kept = min(most, seen.points.shape[1])
         augmented = {"jitter": settings.jitter, "rotate": settings.rotate}
         sizes = {"points": settings.points, "views": count, "kept": kept}
         everything = {**key, **augmented, **sizes, "arrays": ARRAYS}
@@ -84,30 +89,22 @@ class Views:
         if not folder.exists():
             partial = cache / f".{folder.name}-{os.getpid()}"
             partial.mkdir(parents=True, exist_ok=True)
-            shapes = {
-                "clouds": (np.float32, example.shape[1:]),
-                "points": (np.float16, (kept, teacher.channels)),
-                "pooled": (np.float32, (teacher.channels,)),
-                "penultimate": (np.float32, (teacher.classifier[-1].in_features,)),
-                "logits": (np.float32, (teacher.classes,)),
-                "positions": (np.float32, (kept, 3)),
-            }
-            arrays = {
-                name: np.lib.format.open_memmap(
-                    partial / f"{name}.npy", "w+", dtype, (count, len(clouds), *shape)
+            arrays = {}
+            for name, found in zip(ARRAYS, (example, *_cut(seen, kept)), strict=True):
+                shape = count, len(clouds), *found.shape[1:]
+                dtype = np.float16 if name == "points" else np.float32
+                arrays[name] = np.lib.format.open_memmap(
+                    partial / f"{name}.npy", "w+", dtype, shape
                 )
-                for name, (dtype, shape) in shapes.items()
-            }
             for view in progress(range(count)):
                 generator = torch.Generator(device).manual_seed(view)
                 for start in range(0, len(clouds), BATCH):
                     part = slice(start, start + BATCH)
-                    drawn = clouds.select(part).draw(settings.points, generator)
+                    drawn = clouds.select(part)
+                    if drawn.labels.dim() == 1:  # labels of points stay in their order
+                        drawn = drawn.draw(settings.points, generator)
                     points = prepare(augment(drawn.points, generator, **augmented))
-                    known = teach(teacher, points)
-                    known = known._replace(
-                        points=known.points[:, :kept], positions=known.positions[:, :kept]
-                    )
+                    known = _cut(teach(teacher, points), kept)
                     for name, found in zip(ARRAYS, (points, *known), strict=True):
                         arrays[name][view, part] = found.cpu()
             for array in arrays.values():

@@ -75,7 +75,7 @@ SETTINGS = {
     ),
     "parts": Setting(
         "segmenter", 20, 32, 6, ("alone", "fad-two", "squared-two", "kd"),
-        teacher_epochs=30, points=128,
+        teacher_epochs=30, points=128, views=10,
     ),
 }  # fmt: skip
 COMMANDS = {
