@@ -225,7 +225,11 @@ def test_all_rows_of_a_seed_begin_alike_and_pull_with_the_same_share(sampled):
         assert (made.distillation is None) == (name == "alone")
         if recipe._distiller:
             losses = list(recipe.terms.values())
-            assert {loss.weight for loss in losses} == {0.3}
+            assert {loss.weight for loss in losses} == {row.share or 0.3}
+            recipe.progress = 0.75
+            recipe(clouds, labels)
+            share = (0.25 if row.fades else 1) * (row.share or 0.3)
+            assert {loss.weight for loss in losses} == {share}
             assert len(losses) == 2 if row.last else 1
             adapters[name] = losses[0].adapter.weight
             kinds = [type(loss.discriminator).__name__ for loss in losses]

@@ -35,6 +35,8 @@ class Row:
         last: penultimate features by "judge", the teacher's last layer, "squared" or "fitnet".
         positions: say where the points lie; for networks that sample.
         kd: the logits too.
+        share: of the task's pull, if not the default of ``balance=True``.
+        fades: the share falls to 0 until the end of the training, linearly.
         against: rows that it is compared with, beside the student alone; the ablation first.
     """
 
@@ -42,6 +44,8 @@ class Row:
     last: str | None = None
     positions: bool = False
     kd: bool = False
+    share: float | None = None
+    fades: bool = False
     against: tuple[str, ...] = ()
 
     @property
@@ -50,6 +54,7 @@ class Row:
         return bool(self.points or self.last or self.kd)
 
 
+# fmt: off
 ROWS = {
     "alone": Row(),
     "kd": Row(kd=True),
@@ -57,11 +62,15 @@ ROWS = {
     "fad-positions": Row("fad", positions=True, against=("squared", "fitnet", "fad", "kd")),
     "fad-two": Row("fad", "judge", True, against=("squared-two", "fitnet-two", "fitnet", "kd")),
     "fad-two+kd": Row("fad", "judge", True, kd=True, against=("squared-two", "fad-two", "kd")),
+    "fad-fading": Row("fad", "judge", True, share=0.1, fades=True,
+                      against=("squared-fading", "fad-two", "kd")),
+    "squared-fading": Row("squared", "squared", True, share=0.1, fades=True),
     "squared": Row("squared", positions=True, against=("fitnet",)),
     "squared-two": Row("squared", "squared", True, against=("squared",)),
     "fitnet": Row("fitnet", positions=True),
     "fitnet-two": Row("fitnet", "fitnet", True, against=("fitnet",)),
 }
+# fmt: on
 
 
 class SquaredDiscriminator(Discriminator):
@@ -172,11 +181,18 @@ class Recipe(Supervised):
             made = _distiller(student, teacher, row, example, backend)
             self._distiller = (made,)
             self.terms = made.losses
+            if row.share is not None:
+                for term in self.terms.values():
+                    term.weight = row.share
+            self._shares = [term.weight for term in self.terms.values()]
         self.kd = KnowledgeDistillation()
 
     def forward(self, points: Tensor, labels: Tensor, known: Seen | None = None) -> Step:
         if self.replay is not None:
             self.replay.known = known
+        if self.row.fades:
+            for term, share in zip(self.terms.values(), self._shares, strict=True):
+                term.weight = share * (1 - self.progress)
         torch.manual_seed((self.seed << 40) + round(self.progress * 2**40))
         (network,), (teacher,) = self._network, self._teacher
         terms = []
