@@ -14,7 +14,7 @@ FLOORS = [
     ("ops",),
     ("_points", "_game", "_paths", "_state", "ragged", "correspondence", "standardize"),
     ("distances", "metrics", "objectives", "penalties", "discriminators"),
-    ("_fingerprints", "_advice", "gradients", "capture", "_layouts"),
+    ("_fingerprints", "_advice", "gradients", "capture", "_layouts", "_places"),
     ("_entrance", "loss"),
     ("distiller",),
     ("__init__",),

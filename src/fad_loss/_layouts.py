@@ -63,22 +63,31 @@ def _number_of_clouds(example: object) -> int | None:
     return graphs if isinstance(graphs, int) else None
 
 
-def one_more_point(example: object) -> Tensor | None:
-    """The example with its last point twice, by which layers show which axis has the points."""
+def points_axis(example: object) -> int | None:
+    """Which axis of an example ``(B, N, 3)`` or ``(B, 3, N)`` has the points."""
     points = _number_of_points(example)
     if not isinstance(example, Tensor) or not points:
         return None
-    axis = 1 if example.shape[1] == points else 2
+    return 1 if example.shape[1] == points else 2
+
+
+def one_more_point(example: object) -> Tensor | None:
+    """The example with its last point twice, by which layers show which axis has the points."""
+    axis = points_axis(example)
+    if not isinstance(example, Tensor) or axis is None:
+        return None
+    points = example.shape[axis]
     return torch.cat([example, example.narrow(axis, points - 1, 1)], axis)
 
 
 def shuffled(example: object) -> tuple[Tensor | None, Tensor]:
     """The example with its points in another order, if it shows them; and which comes where."""
-    points = _number_of_points(example)
-    if not isinstance(example, Tensor) or not points:
+    axis = points_axis(example)
+    if not isinstance(example, Tensor) or axis is None:
         return None, torch.empty(0)
-    order = torch.randperm(points, generator=torch.Generator().manual_seed(0)).to(example.device)
-    return example.index_select(1 if example.shape[1] == points else 2, order), order
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(example.shape[axis], generator=generator).to(example.device)
+    return example.index_select(axis, order), order
 
 
 def follow_points(features: Tensor, again: object, layout: str, order: Tensor) -> bool:

@@ -15,7 +15,7 @@ from fad_loss._errors import expected
 # What wrappers call the module they wrap. "module" is also a name that people give to layers of
 # their own, so it only counts as a wrapper's when the parent holds nothing else.
 _WRAPPED: Final = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_WITH_ELEMENTS: Final = re.compile(r"(?P<path>.*?)(?P<elements>(\[[^\[\]]+\])+)")
+WITH_ELEMENTS: Final = re.compile(r"(?P<path>.*?)(?P<elements>(\[[^\[\]]+\])+)")
 
 
 class Layer(NamedTuple):
@@ -61,7 +61,7 @@ def find(path: str, known: Mapping[str, Layer], model: nn.Module) -> Layer:
     if not isinstance(path, str):
         raise expected("layers: every path", "a str", type(path).__name__, error=TypeError)
     elements: tuple[str, ...] = ()
-    if path not in known and (match := _WITH_ELEMENTS.fullmatch(path)):
+    if path not in known and (match := WITH_ELEMENTS.fullmatch(path)):
         path = match["path"]
         elements = tuple(match["elements"][1:-1].split("]["))
     if path not in known:

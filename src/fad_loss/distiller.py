@@ -20,6 +20,7 @@ from fad_loss._layouts import (
     one_per_cloud,
     shuffled,
 )
+from fad_loss._places import Place, place_of
 from fad_loss._points import LAYOUTS
 from fad_loss.capture import CapturedFeatures, capture_features
 from fad_loss.loss import FeatureAdversarialLoss
@@ -87,10 +88,14 @@ class Distiller(nn.Module):
         layout: of features with an axis of points: "bnc" or "bcn", or a pair of the student's and
             the teacher's. None looks which axis grows if the clouds of `example`, a tensor
             ``(B, N, 3)`` or ``(B, 3, N)``, get one point more; or, of networks that take no other
-            number of points, which one is as long as they have points.
+            number of points, which one is as long as they have points; or, of networks that choose
+            points, as long as the positions beside the features.
         positions: for networks that choose points: from a path in the student, one of `layers`, to
             the paths where both networks return the positions of those points,
-            ``{"sa1[1]": ("sa1[0]", "sa1[0]")}``.
+            ``{"sa1[1]": ("sa1[0]", "sa1[0]")}``. None looks for them in what both modules return
+            beside the features: they are positions if each of them is a point of `example`, a
+            tensor. They are used by the discriminator that is chosen here, and by "paired"; an
+            empty mapping names none.
         calls: of a layer that is called several times in one run, use the "last" call, or raise an
             "error".
         clone: use copies of what the layers return, where an operation in place follows.
@@ -142,10 +147,18 @@ class Distiller(nn.Module):
         super().__init__()
         _check_networks(student, teacher)
         targets = _checked_layers(layers, positions)
+        given = options.pop("discriminator", None)
         self.student = student
         # In a tuple, so that it is no submodule: see the class.
         self._teacher = (teacher,)
         self._calls, self._clone = choose("calls", calls, _CALLS), switch("clone", clone)
+        beside = self._places(targets, example) if positions is None else {}
+        chosen = {path: given if own is None else own for path, (_, own) in targets.items()}
+        positions = {
+            path: (mine.path, its.path)
+            for path, (mine, its) in beside.items()
+            if chosen[path] in (None, "paired")
+        } or positions
         self._pairs = tuple(
             _Pair(path, its_path, (positions or {}).get(path))
             for path, (its_path, _) in targets.items()
@@ -155,9 +168,11 @@ class Distiller(nn.Module):
         larger = self._try_at(one_more_point(example) if layout is None else None)
         others, order = shuffled(example)
         again = self._try_at(others)
-        layouts, given = _both_layouts(layout), options.pop("discriminator", None)
         pairs, self.losses = [], nn.ModuleDict()
         for pair, (mine, its), more, new in zip(self._pairs, seen, larger, again, strict=True):
+            layouts = _both_layouts(layout)
+            if layout is None and pair.student in beside:
+                layouts = beside[pair.student][0].layout, beside[pair.student][1].layout
             found = (
                 layout_of(f"student layer {pair.student!r}", mine, layouts[0], example, more[0]),
                 layout_of(f"teacher layer {pair.teacher!r}", its, layouts[1], example, more[1]),
@@ -167,17 +182,19 @@ class Distiller(nn.Module):
                     both = f"{describe(mine)} and {describe(its)}"
                     wanted = "two layers of features of points, or two of one per cloud"
                     raise expected(f"layers[{pair.student!r}]", wanted, both)
-            pairs.append(pair._replace(layouts=found))
-            own = targets[pair.student][1]
-            own = given if own is None else own
+            sides = zip((mine, its), new, found, strict=True)
+            follow = all(follow_points(*side, order) for side in sides)
+            # Where point i is point i, there is nothing to look for.
+            needed = None if follow and pair.student in beside else pair.positions
+            pairs.append(pair._replace(layouts=found, positions=needed))
+            own = chosen[pair.student]
             if own is None:
-                corresponds = pair.positions is not None or "global" in found
-                sides = zip((mine, its), new, found, strict=True)
-                corresponds |= all(follow_points(*side, order) for side in sides)
+                corresponds = follow or needed is not None or "global" in found
                 own = "paired" if corresponds else "teacher"
             sizes = channels(mine, found[0]), channels(its, found[1])
             self.losses[pair.key] = _make_loss(pair, own, sizes, options, mine)
         self._pairs = tuple(pairs)
+        self._capture()  # without the positions that are not needed
         teacher.eval()
 
     _of_student: CapturedFeatures
@@ -192,6 +209,19 @@ class Distiller(nn.Module):
             return [(self._of_student[p.student], self._of_teacher[p.teacher]) for p in self._pairs]
         finally:
             self._forget()
+
+    def _places(self, targets: Mapping[str, Any], example: Any) -> dict[str, tuple[Place, Place]]:
+        """The positions that both modules of a pair return beside their features."""
+        found = {}
+        for path, (its_path, _) in targets.items():
+            with suppress(Exception), torch.no_grad():
+                with _watched(self.student):
+                    mine = place_of(self.student, path, example, self._calls)
+                with _watched(self.teacher):
+                    its = mine and place_of(self.teacher, its_path, example, self._calls)
+                if mine and its:
+                    found[path] = mine, its
+        return found
 
     def _try_at(self, example: Tensor | None) -> list[tuple[Any, Any]]:
         """The same, or pairs of None; a network that does not take it may raise what it likes."""
@@ -328,7 +358,11 @@ class Distiller(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(distiller)``."""
-        pairs = ", ".join(f"{pair.student!r}: {pair.teacher!r}" for pair in self._pairs)
+        pairs = ", ".join(
+            f"{pair.student!r}: {pair.teacher!r}"
+            + (f" at {pair.positions[0]!r} and {pair.positions[1]!r}" if pair.positions else "")
+            for pair in self._pairs
+        )
         return f"layers={{{pairs}}}, teacher={type(self.teacher).__name__}"
 
 

@@ -63,7 +63,7 @@ def test_paired_where_points_or_clouds_correspond(student, teacher, layers):
 @pytest.mark.parametrize(
     "student, teacher, layers, options",
     [
-        (PointNet2, PointNet2, {"sa1[1]": "sa1[1]"}, {"layout": "bcn"}),
+        (PointNet2, PointNet2, {"sa1[1]": "sa1[1]"}, {"layout": "bcn", "positions": {}}),
         (DGCNN, PointNet2, {"conv5": "sa1[1]"}, {"layout": "bcn"}),
         (Sorted, DGCNN, {"conv5": "conv5"}, {}),
         (DGCNN, Sorted, {"conv5": "conv5"}, {}),
@@ -84,6 +84,115 @@ def test_paired_where_positions_are_named():
     assert not paired(other)
 
 
+class Samples(nn.Module):
+    """Every so-many-th point and its feature, as the test wants them returned."""
+
+    def __init__(self, width, every, returned, centered=False):
+        super().__init__()
+        self.linear = nn.Linear(3, width)
+        self.every, self.returned, self.centered = every, returned, centered
+        self.sampling = nn.Identity()
+
+    def forward(self, x):
+        # Where a cloud has its points first, they are last here, and the other way round.
+        points = (x.mT if x.shape[1] == 3 else x)[:, :: self.every]
+        features = self.linear(points)
+        if self.centered:
+            points = points - points.mean(1, keepdim=True)
+        return self.sampling(self.returned(points, features))
+
+
+RETURNED = {
+    "tuple": (lambda p, f: (p, f), "sampling[1]", "sampling[0]"),
+    "points last": (lambda p, f: (f.mT, p.mT), "sampling[0]", "sampling[1]"),
+    "mapping": (lambda p, f: {"x": f, "pos": p, "n": 3}, "sampling[x]", "sampling[pos]"),
+    "nested": (lambda p, f: [None, (p.mT, f)], "sampling[1][1]", "sampling[1][0]"),
+    "others beside": (
+        lambda p, f: (f.mean(1), 2 * p, f, f[..., :3], p), "sampling[2]", "sampling[4]"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("points_last", [False, True])
+@pytest.mark.parametrize("width", [5, 8])  # 8 points: as many as channels
+@pytest.mark.parametrize("kind", RETURNED)
+def test_positions_are_found_beside_the_features(kind, width, points_last):
+    returned, layer, place = RETURNED[kind]
+    student, teacher = Samples(width, 3, returned), Samples(width + 3, 2, returned)
+    points = clouds(N=24)
+    points = points if points_last else points.mT
+    layout = "bcn" if kind == "points last" else "bnc"
+    found = Distiller(student, teacher, {layer: layer}, example=points)
+    assert f"{layer!r}: {layer!r} at {place!r} and {place!r}" in repr(found)
+    (fad,) = found.losses.values()
+    assert paired(fad.discriminator)
+    named = Distiller(
+        student, teacher, {layer: layer}, example=points,
+        positions={layer: (place, place)}, layout=layout,
+    )  # fmt: skip
+    named.losses.load_state_dict(found.losses.state_dict())
+    losses = []
+    for distiller in (found, named):
+        torch.manual_seed(0)
+        losses.append(distiller(points)[1])
+    assert torch.equal(*losses)
+
+
+def test_as_many_channels_as_points_are_not_guessed():
+    layers = {"sa1[1]": "sa1[1]"}
+    networks = PointNet2(12), PointNet2(6)  # 12 points, whatever the example has
+    with pytest.raises(ValueError, match=r'student layer .* say layout="bnc"'):
+        Distiller(*networks, layers, example=clouds())
+    assert " at " in repr(Distiller(*networks, layers, example=clouds(), layout="bcn"))
+
+
+def test_positions_of_all_points_are_not_needed():
+    student, teacher = (Samples(width, 1, RETURNED["tuple"][0]) for width in (5, 7))
+    distiller = Distiller(student, teacher, {"sampling[1]": "sampling[1]"}, example=clouds())
+    assert " at " not in repr(distiller)
+    assert list(distiller._of_student.layers) == ["sampling[1]"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": {}},
+        {"discriminator": "teacher"},
+        {"student": Samples(5, 3, lambda p, f: (p, f), centered=True)},
+        {"student": Samples(5, 3, lambda p, f: (p.double(), f))},
+        {"student": Samples(5, 3, lambda p, f: (p[:, 1:], f))},
+        {"teacher": Samples(5, 2, lambda p, f: (f[..., :3], f))},
+        {"teacher": Samples(5, 2, lambda p, f: (f[..., :3],) * 2)},
+        {"student": Samples(5, 3, lambda p, f: (p[:, :1].expand_as(p), f))},
+    ],
+    ids=str,
+)
+def test_what_is_no_position_is_not_taken_for_one(options):
+    def both(points, features):
+        return points, features
+
+    torch.manual_seed(0)
+    student = options.pop("student", Samples(5, 3, both))
+    teacher = options.pop("teacher", Samples(7, 2, both))
+    layers = {"sampling[1]": "sampling[1]"}
+    made = Distiller(student, teacher, layers, example=clouds().mT, layout="bnc", **options)
+    (fad,) = made.losses.values()
+    assert not paired(fad.discriminator)
+    assert " at " not in repr(made)
+
+
+def test_positions_that_are_found_serve_who_asks_for_pairs():
+    layers = {"sa1[1]": "sa1[1]", "sa2[1]": ("sa2[1]", "match")}
+    torch.manual_seed(0)
+    distiller = Distiller(
+        PointNet2(4), PointNet2(6, (10, 5)), layers, example=clouds(), discriminator="paired"
+    )
+    shown = repr(distiller)
+    assert "'sa1[1]': 'sa1[1]' at 'sa1[0]' and 'sa1[0]'" in shown
+    assert "'sa2[1]': 'sa2[1]'}" in shown
+    assert distiller(clouds())[1].isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype):
     layers, points = {"second": "second"}, clouds().to(dtype)
@@ -94,7 +203,7 @@ def test_other_dtypes(dtype):
 
 def test_each_pair_of_layers_has_its_own():
     layers = {"sa1[1]": "sa1[1]", "pool": "pool"}
-    of_points, of_clouds = made(PointNet2, PointNet2, layers, layout="bcn")
+    of_points, of_clouds = made(PointNet2, PointNet2, layers, layout="bcn", positions={})
     assert not paired(of_points)
     assert paired(of_clouds)
 
