@@ -254,7 +254,8 @@ def _distiller(
         layers,
         example=example,
         layout="bnc",
-        positions=places if row.positions and student.samples else None,
+        # None would find them; and squared error needs them to be named.
+        positions=places if row.positions and student.samples else {},
         balance=True,
     )
     for loss in made.losses.values():
