@@ -23,7 +23,7 @@ from distill.data import Clouds  # noqa: E402
 from distill.methods import teach  # noqa: E402
 from distill.storage import load_checkpoint, save  # noqa: E402
 from distill.training import Settings  # noqa: E402
-from study import fleet, ordered, paired, rows, segments, study, verdicts, worker  # noqa: E402
+from study import attempts, fleet, ordered, paired, rows, segments, study, verdicts, worker  # noqa: E402
 
 EPOCHS = 12
 
@@ -233,11 +233,11 @@ def test_all_rows_of_a_seed_begin_alike_and_pull_with_the_same_share(sampled):
             assert len(losses) == 2 if row.last else 1
             adapters[name] = losses[0].adapter.weight
             kinds = [type(loss.discriminator).__name__ for loss in losses]
-            squared = row.points == "squared"
-            assert kinds[0] == ("SquaredDiscriminator" if squared else "TeacherDiscriminator")
+            own = row.points in attempts.ATTEMPTS
+            assert (kinds[0] == "TeacherDiscriminator") == (row.points in {"fad", "narrow"})
             paired_up = losses[0].discriminator.corresponding
-            assert paired_up == (squared or row.positions or not sampled)
-            if not squared:
+            assert paired_up == (own or row.positions or not sampled)
+            if hasattr(losses[0].discriminator, "backend"):
                 assert losses[0].discriminator.backend == "dense"
     assert len(tasks) == 1
     first, *others = adapters.values()
@@ -314,8 +314,8 @@ def test_other_settings_run(setting, tmp_path, monkeypatch, capsys):
 def test_the_ablation_is_the_squared_error_and_nothing_else():
     student = torch.randn(2, 8, 4, requires_grad=True)
     teacher = torch.randn(2, 8, 4)
-    judge = rows.SquaredDiscriminator()
-    found = judge(rows.Game.of(student, teacher))
+    judge = attempts.SquaredDiscriminator()
+    found = judge(attempts.Game.of(student, teacher))
     torch.testing.assert_close(found.student, -(student - teacher).square().mean(-1))
     assert torch.equal(found.teacher, torch.zeros(2, 8))
 

@@ -21,8 +21,8 @@ from distill.methods import Seen, Step, Supervised
 from distill.networks import Network
 from distill.terms import WEIGHTS, KnowledgeDistillation, SquaredError
 from fad_loss import Distiller, HeadDiscriminator, capture_features, interpolate
-from fad_loss.discriminators import Discriminator, Game
 from fad_loss.gradients import GradientBalance, weigh_gradient
+from study.attempts import ATTEMPTS, SquaredDiscriminator
 from study.segments import Segmenter
 
 
@@ -31,7 +31,8 @@ class Row:
     """What is compared.
 
     Attributes:
-        points: features of points by "fad", as the library chooses, "squared" or "fitnet".
+        points: features of points by "fad", as the library chooses, one of `ATTEMPTS`, "squared"
+            among them, or "fitnet".
         last: penultimate features by "judge", the teacher's last layer, "squared" or "fitnet".
         positions: say where the points lie; for networks that sample.
         kd: the logits too.
@@ -71,19 +72,11 @@ ROWS = {
     "fitnet-two": Row("fitnet", "fitnet", True, against=("fitnet",)),
 }
 # fmt: on
-
-
-class SquaredDiscriminator(Discriminator):
-    """Minus the squared distance from the teacher's feature of the same point, mean over channels.
-
-    As a discriminator, so that all around it is what it is for the library's own.
-    """
-
-    corresponding, positional, default_max_points = True, True, 16  # as "paired"
-
-    def score(self, game: Game, side: str) -> Tensor:
-        difference = game.points(side).features - game.teacher.features
-        return game.points(side).like(-difference.square().mean(-1))
+ROWS |= {
+    f"fad-{name}": Row(name, positions=True, against=("squared", "fad-positions"))
+    for name in ATTEMPTS
+    if name != "squared"
+}
 
 
 class FitNet(nn.Module):
@@ -177,7 +170,7 @@ class Recipe(Supervised):
             ):
                 if how:
                     self.terms[what] = FitNet(*channels).to(example.device)
-        elif row.points:
+        elif row.points or row.last:
             made = _distiller(student, teacher, row, example, backend)
             self._distiller = (made,)
             self.terms = made.losses
@@ -238,9 +231,9 @@ def _distiller(
     student: Network, teacher: Network, row: Row, example: Tensor, backend: str
 ) -> Distiller:
     """Both layers as a user names them, every loss with its default share of the pull."""
-    layers: dict[str, Any] = {student.layer: teacher.layer}
-    if row.points == "squared":
-        layers[student.layer] = teacher.layer, SquaredDiscriminator()
+    layers: dict[str, Any] = {student.layer: teacher.layer} if row.points else {}
+    if row.points in ATTEMPTS:
+        layers[student.layer] = teacher.layer, ATTEMPTS[row.points]()
     if row.last:
         # Of points with labels of their own, it judges each.
         pool = None if isinstance(teacher, Segmenter) else "max"
@@ -255,7 +248,7 @@ def _distiller(
         example=example,
         layout="bnc",
         # None would find them; and squared error needs them to be named.
-        positions=places if row.positions and student.samples else {},
+        positions=places if row.points and row.positions and student.samples else {},
         balance=True,
     )
     for loss in made.losses.values():
