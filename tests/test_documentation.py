@@ -25,6 +25,10 @@ from fad_loss import FeatureAdversarialLoss, HeadDiscriminator, TeacherDiscrimin
 from test_package import public_modules, public_objects
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from study import verdicts  # noqa: E402
+
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 PAGES += [ROOT / name / "README.md" for name in ("benchmarks", "examples")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -170,6 +174,21 @@ def test_figures_come_from_the_committed_files():
     shares = (results / "gradients.md").read_text(encoding="utf-8")
     assert len(pulls) == 5
     assert [pull for pull in pulls if pull not in shares] == []
+
+
+def test_sentences_on_the_paired_study_are_those_of_its_lines():
+    """Differences with their standard errors, and accuracies: as the report has them, anew."""
+    folder = ROOT / "examples" / "study" / "results" / "paired"
+    report = verdicts.report(verdicts.read(folder))
+    assert (folder / "report.md").read_text(encoding="utf-8") == report
+    report = re.sub(r"([+-][\d.]+) points, standard error ([\d.]+)", r"\1 ± \2", report)
+    pattern = r"[+-]\d+\.\d\d ± \d+\.\d\d|\d\d\.\d\d(?: ± \d+\.\d\d)? %"
+    for name in ("study", "choosing"):
+        prose = RENDERED[ROOT / "docs" / f"{name}.md"].prose
+        text = " ".join(prose.split("Which loss makes the best students?")[0].split())
+        figures = re.findall(pattern, text)
+        assert len(figures) >= {"study": 6, "choosing": 2}[name]
+        assert [one for one in figures if one.removesuffix(" %") not in report] == []
 
 
 def test_the_page_of_benchmarks_shows_every_file(monkeypatch):

@@ -196,11 +196,14 @@ def _benchmarks() -> str:
 def _study() -> str:
     report = (ROOT / STUDY / "report.md").read_text(encoding="utf-8")
     # Its images lie beside it, and are on white ground.
-    return re.sub(
+    first = re.sub(
         r"!\[(\w+)\]\((.*?)\)",
         rf"![\1](../{STUDY}/\2){{.white}}",
         report.split("<!-- report -->")[1],
     )
+    # The headings of a page of its own are a level below this page's.
+    second = (ROOT / STUDY / "paired" / "report.md").read_text(encoding="utf-8")
+    return re.sub(r"^#", "##", second, flags=re.MULTILINE) + "\n" + first
 
 
 def _hosts() -> str:
@@ -226,7 +229,7 @@ def _hosts() -> str:
 
 
 GATHERED = {"benchmarks": _benchmarks, "hosts": _hosts, "study-results": _study}
-FILES = (STUDY / "report.md", BENCHMARKS / "*.json", HOSTS / "*.py")
+FILES = (STUDY / "report.md", STUDY / "paired" / "report.md", BENCHMARKS / "*.json", HOSTS / "*.py")
 
 
 def _append(app: Sphinx, page: str, source: list[str]) -> None:

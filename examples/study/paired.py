@@ -61,7 +61,7 @@ class Setting:
 SETTINGS = {
     "sampled": Setting(
         "pointnet2", 10, 32, 6, ("alone", "fad", "fad-positions", "squared", "fitnet", "kd"),
-        teacher_epochs=20, views=10,
+        teacher=HERE / "teachers" / "pointnet2.pt", teacher_epochs=12, views=10,
     ),
     # Larger batches, so that a GPU sees more epochs in the same time.
     "pointnet": Setting(
@@ -210,7 +210,8 @@ def prepare(options: argparse.Namespace) -> Any:
     clouds = options.state / f"clouds-{digest}.pt"
     if not clouds.exists():
         write_clouds(clouds, data)
-    teacher = options.teacher or (None if options.teacher_epochs else setting.teacher)
+    anew = options.tiny or options.teacher_epochs is not None
+    teacher = options.teacher or (None if anew else setting.teacher)
     made = f"teacher-{options.setting}-{digest}.pt"
     return Plan(
         setting=options.setting,
