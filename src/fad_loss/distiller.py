@@ -45,6 +45,7 @@ class _Pair(NamedTuple):
     teacher: str
     positions: tuple[str, str] | None
     layouts: tuple[str, str] = ("", "")
+    found: bool = False  # whether nobody named the positions
 
     @property
     def key(self) -> str:
@@ -186,7 +187,8 @@ class Distiller(nn.Module):
             follow = all(follow_points(*side, order) for side in sides)
             # Where point i is point i, there is nothing to look for.
             needed = None if follow and pair.student in beside else pair.positions
-            pairs.append(pair._replace(layouts=found, positions=needed))
+            seen_beside = pair.student in beside
+            pairs.append(pair._replace(layouts=found, positions=needed, found=seen_beside))
             own = chosen[pair.student]
             if own is None:
                 corresponds = follow or needed is not None or "global" in found
@@ -250,7 +252,8 @@ class Distiller(nn.Module):
             mask: which points count, ``(B, N)``, or a pair of the student's and the teacher's, for
                 all pairs of layers with an axis of points.
             positions: a pair of where the student's and the teacher's points lie, for all pairs of
-                layers whose discriminator uses it and that name no positions of their own.
+                layers whose discriminator uses it and that name no positions of their own; they
+                go before those that were found.
 
         Returns:
             What the student returned, and the sum of the losses, a scalar.
@@ -283,7 +286,7 @@ class Distiller(nn.Module):
         return cast("FeatureAdversarialLoss", self.losses[pair.key])
 
     def _uses_positions(self, pair: _Pair) -> bool:
-        several = pair.positions is None and "global" not in pair.layouts
+        several = (pair.positions is None or pair.found) and "global" not in pair.layouts
         return several and self._loss(pair).discriminator.positional
 
     def _compare(
@@ -296,7 +299,7 @@ class Distiller(nn.Module):
         loss = self._loss(pair)
         features = self._of_student[pair.student], self._of_teacher[pair.teacher]
         places = positions if self._uses_positions(pair) else None
-        if pair.positions is not None:
+        if places is None and pair.positions is not None:
             places = self._of_student[pair.positions[0]], self._of_teacher[pair.positions[1]]
         if "global" in pair.layouts:
             of_student, of_teacher = (

@@ -138,6 +138,21 @@ def test_positions_are_found_beside_the_features(kind, width, points_last):
     assert torch.equal(*losses)
 
 
+def test_positions_that_are_given_go_before_those_that_were_found():
+    returned, layer, _ = RETURNED["tuple"]
+    distiller = Distiller(
+        Samples(5, 3, returned), Samples(7, 2, returned), {layer: layer}, example=clouds()
+    )
+    points = clouds().mT
+    known = points[:, ::3], points[:, ::2]
+    losses = []
+    for places in (None, known, (known[0].flip(1), known[1])):
+        torch.manual_seed(0)
+        losses.append(distiller(clouds(), positions=places)[1])
+    assert torch.equal(*losses[:2])
+    assert losses[2] != losses[0]
+
+
 def test_as_many_channels_as_points_are_not_guessed():
     layers = {"sa1[1]": "sa1[1]"}
     networks = PointNet2(12), PointNet2(6)  # 12 points, whatever the example has
