@@ -33,10 +33,12 @@ class Row:
     Attributes:
         points: features of points by "fad", as the library chooses, one of `ATTEMPTS`, "squared"
             among them, or "fitnet".
-        last: penultimate features by "judge", the teacher's last layer, "squared" or "fitnet".
+        last: penultimate features by "judge", the teacher's last layer, by "fad", as the library
+            chooses, "squared" or "fitnet".
         positions: say where the points lie; for networks that sample.
         kd: the logits too.
-        share: of the task's pull, if not the default of ``balance=True``.
+        balance: pull with a share of the task's pull; else with the discriminators' weights.
+        share: which share, if not the default of ``balance=True``.
         fades: the share falls to 0 until the end of the training, linearly.
         against: rows that it is compared with, beside the student alone; the ablation first.
     """
@@ -45,6 +47,7 @@ class Row:
     last: str | None = None
     positions: bool = False
     kd: bool = False
+    balance: bool = True
     share: float | None = None
     fades: bool = False
     against: tuple[str, ...] = ()
@@ -66,6 +69,13 @@ ROWS = {
     "fad-fading": Row("fad", "judge", True, share=0.1, fades=True,
                       against=("squared-fading", "fad-two", "kd")),
     "squared-fading": Row("squared", "squared", True, share=0.1, fades=True),
+    "fad-fading-more": Row("fad", "judge", True, fades=True, against=("fad-two", "fad-fading")),
+    "fad-tenth": Row("fad", "judge", True, share=0.1, against=("fad-two", "fad-fading")),
+    "fad-weights": Row("fad", "judge", True, balance=False, against=("fad-two",)),
+    "fad-weights-fading": Row("fad", "judge", True, balance=False, fades=True,
+                              against=("fad-weights", "fad-fading")),
+    "fad-chosen-fading": Row("fad", "fad", True, share=0.1, fades=True, against=("fad-fading",)),
+    "fad-points-fading": Row("fad", None, True, share=0.1, fades=True, against=("fad-fading",)),
     "squared": Row("squared", positions=True, against=("fitnet",)),
     "squared-two": Row("squared", "squared", True, against=("squared",)),
     "fitnet": Row("fitnet", positions=True),
@@ -234,7 +244,9 @@ def _distiller(
     layers: dict[str, Any] = {student.layer: teacher.layer} if row.points else {}
     if row.points in ATTEMPTS:
         layers[student.layer] = teacher.layer, ATTEMPTS[row.points]()
-    if row.last:
+    if row.last == "fad":
+        layers[student.penultimate] = teacher.penultimate
+    elif row.last:
         # Of points with labels of their own, it judges each.
         pool = None if isinstance(teacher, Segmenter) else "max"
         judge = HeadDiscriminator(teacher.classifier[-1], pool=pool)
@@ -249,7 +261,7 @@ def _distiller(
         layout="bnc",
         # None would find them; and squared error needs them to be named.
         positions=places if row.points and row.positions and student.samples else {},
-        balance=True,
+        balance=row.balance,
     )
     for loss in made.losses.values():
         if hasattr(loss.discriminator, "backend"):
