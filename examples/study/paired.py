@@ -71,7 +71,7 @@ SETTINGS = {
     # Real scans of few objects, of which few have labels.
     "scans": Setting(
         "pointnet", 200, 32, 6, ("alone", "fad-two", "squared-two", "kd"),
-        teacher_epochs=200, labels=20,
+        teacher_epochs=100, views=20, labels=20,
     ),
     "parts": Setting(
         "segmenter", 20, 32, 6, ("alone", "fad-two", "squared-two", "kd"),

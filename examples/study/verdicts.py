@@ -170,8 +170,10 @@ def report(lines: list[Line]) -> str:
             described += f" Each seed has another split, {labels} clouds of a class for training."
         if first["arch"] == "segmenter":
             described += " The score is the mean IoU of the parts."
+        several = len({line["data"] for line in lines if line["setting"] == setting}) > 1
+        of = f" of {first['dataset']}" if several else ""
         text += [
-            f"## {setting}, {epochs} epochs",
+            f"## {setting}{of}, {epochs} epochs",
             "",
             described,
         ]

@@ -257,6 +257,7 @@ class Bench:
             "parameters": networks.parameters(network),
             "arch": plan.arch,
             "data": plan.data,
+            "dataset": self.name,
             "clouds": [len(self.train), len(self.tests[0])],
             "device": torch.cuda.get_device_name() if cuda else platform.machine(),
             "backend": plan.backend,
