@@ -53,7 +53,8 @@ class GradientBalance(nn.Module):
     1000.
 
     The buffers are saved with a ``state_dict``. In a process group the measurements of all ranks
-    are averaged, so that all use the same factor.
+    are averaged, so that all use the same factor: once in every training step, and never in
+    evaluation or under `no_grad`, where one rank may be alone.
 
     Source: balancing by gradient norms is from Chen et al., "GradNorm", ICML 2018, and by the last
     layer's gradients, as here, from Esser et al., "Taming transformers", CVPR 2021.
@@ -86,10 +87,12 @@ class GradientBalance(nn.Module):
         # the two loses nothing.
         self.register_buffer("pending", torch.zeros(2))
         self._handles: list[Any] = []
+        self._counted = False
 
     def factor(self) -> Tensor:
         """What to multiply the term by: 1 until something was measured."""
-        self._count()
+        if self.training and torch.is_grad_enabled():
+            self._count()
         ratio = (self.task / self.own).clamp(1 / _LARGEST, _LARGEST)
         return torch.where(self.measured > 0, ratio, 1.0)
 
@@ -110,7 +113,7 @@ class GradientBalance(nn.Module):
         self._count()
         if not features.requires_grad:
             return features
-        weight, sent = weight.detach().clone(), []
+        weight, sent, self._counted = weight.detach().clone(), [], False
         own = features.clone() if is_ragged(features) else features.view_as(features)
         # A copy: autograd adds the other gradients to this one in place.
         own.register_hook(lambda gradient: sent.append(gradient.detach().clone()))  # type: ignore[no-untyped-call]
@@ -160,6 +163,9 @@ class GradientBalance(nn.Module):
     @torch.no_grad()
     def _count(self) -> None:
         """Count what the backward passes since the last call have shown."""
+        if self._counted:
+            return
+        self._counted = True
         for handle in self._handles:
             handle.remove()  # a leaf would keep it
         self._handles = []
@@ -174,6 +180,11 @@ class GradientBalance(nn.Module):
         rate = (1 / self.measured.clamp(min=1)).clamp(min=_MOMENTUM).to(seen.dtype) * known
         self.task.lerp_(seen[0] / seen[2].clamp_min(1), rate)
         self.own.lerp_(seen[1] / seen[2].clamp_min(1), rate)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """What was pending when it was saved is to be counted."""
+        super()._load_from_state_dict(*args)
+        self._counted = False
 
     def __getstate__(self) -> dict[str, object]:
         """A copy watches no backward pass of the original."""

@@ -63,6 +63,11 @@ def work(rank: int, folder: str) -> None:
         step = Step(game)
         wrapped = DistributedDataParallel(step, broadcast_buffers="of each" not in game)
         train(wrapped, points, teacher)
+        if rank == 0:
+            # Alone, as one who validates on the first rank does: nobody answers a collective.
+            step.eval()(points, teacher)
+            with torch.no_grad():
+                step.train()(points, teacher)
         results[game] = {**step.state_dict(), "weight": step.fad.statistics()["weight"]}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
