@@ -1,7 +1,7 @@
 """The rows of the paired study: what a student learns from beside the labels, all at one weight.
 
-Nothing is tuned. Whatever compares features pulls at the student's with the same share of the
-task's pull, the default of ``balance=True``; knowledge distillation has the weight that the first
+Nothing is tuned. Whatever compares features pulls at the student's with a share of the task's pull,
+a default of the library's; knowledge distillation has the weight that the first
 study found best for it. Rows whose name begins with "fad" are this library's loss; of "squared" is
 the ablation: the same layers, adapters, standardisation, points, warm-up and weight, and squared
 error where the discriminator was. "fitnet" is squared error as others have it: all points, in units
@@ -21,7 +21,7 @@ from distill.methods import Seen, Step, Supervised
 from distill.networks import Network
 from distill.terms import WEIGHTS, KnowledgeDistillation, SquaredError
 from fad_loss import Distiller, HeadDiscriminator, capture_features, interpolate
-from fad_loss.gradients import GradientBalance, weigh_gradient
+from fad_loss.gradients import DEFAULT_SHARES, GradientBalance, weigh_gradient
 from study.attempts import ATTEMPTS, SquaredDiscriminator
 from study.segments import Segmenter
 
@@ -50,6 +50,7 @@ class Row:
     balance: bool = True
     share: float | None = None
     fades: bool = False
+    recipe: bool = False
     against: tuple[str, ...] = ()
 
     @property
@@ -62,6 +63,9 @@ class Row:
 ROWS = {
     "alone": Row(),
     "kd": Row(kd=True),
+    "fad-recipe": Row("fad", "fad", True, fades=True, recipe=True,
+                      against=("squared-recipe", "fad-two", "fad-positions", "squared", "kd")),
+    "squared-recipe": Row("squared", "squared", True, fades=True, recipe=True, against=("kd",)),
     "fad": Row("fad", against=("squared", "fitnet", "kd")),
     "fad-positions": Row("fad", positions=True, against=("squared", "fitnet", "fad", "kd")),
     "fad-two": Row("fad", "judge", True, against=("squared-two", "fitnet-two", "fitnet", "kd")),
@@ -69,13 +73,13 @@ ROWS = {
     "fad-fading": Row("fad", "judge", True, share=0.1, fades=True,
                       against=("squared-fading", "fad-two", "kd")),
     "squared-fading": Row("squared", "squared", True, share=0.1, fades=True),
-    "fad-fading-more": Row("fad", "judge", True, fades=True, against=("fad-two", "fad-fading")),
+    "fad-fading-more": Row("fad", "judge", True, share=0.3, fades=True,
+                           against=("fad-two", "fad-fading")),
     "fad-tenth": Row("fad", "judge", True, share=0.1, against=("fad-two", "fad-fading")),
     "fad-weights": Row("fad", "judge", True, balance=False, against=("fad-two",)),
     "fad-weights-fading": Row("fad", "judge", True, balance=False, fades=True,
                               against=("fad-weights", "fad-fading")),
     "fad-chosen-fading": Row("fad", "fad", True, share=0.1, fades=True, against=("fad-fading",)),
-    "fad-points-fading": Row("fad", None, True, share=0.1, fades=True, against=("fad-fading",)),
     "squared": Row("squared", positions=True, against=("fitnet",)),
     "squared-two": Row("squared", "squared", True, against=("squared",)),
     "fitnet": Row("fitnet", positions=True),
@@ -98,7 +102,7 @@ class FitNet(nn.Module):
         self.balance = GradientBalance()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        weight = self.balance.default_weight * self.balance.factor()
+        weight = DEFAULT_SHARES[0] * self.balance.factor()
         own = weigh_gradient(self.balance.tap(student, weight), weight)
         return self.error(own, teacher)
 
@@ -145,6 +149,7 @@ class Recipe(Supervised):
         row: what is compared.
         example: two clouds.
         seed: of all random numbers of a step, so that rows share dropout masks.
+        steps: of the training.
         backend: of the operations in the library's discriminators, see `fad_loss.ops`.
 
     Attributes:
@@ -161,6 +166,7 @@ class Recipe(Supervised):
         *,
         example: Tensor,
         seed: int = 0,
+        steps: int = 1000,
         backend: str = "auto",
     ) -> None:
         super().__init__(student)
@@ -181,21 +187,14 @@ class Recipe(Supervised):
                 if how:
                     self.terms[what] = FitNet(*channels).to(example.device)
         elif row.points or row.last:
-            made = _distiller(student, teacher, row, example, backend)
+            made = _distiller(student, teacher, row, example, steps, backend)
             self._distiller = (made,)
             self.terms = made.losses
-            if row.share is not None:
-                for term in self.terms.values():
-                    term.weight = row.share
-            self._shares = [term.weight for term in self.terms.values()]
         self.kd = KnowledgeDistillation()
 
     def forward(self, points: Tensor, labels: Tensor, known: Seen | None = None) -> Step:
         if self.replay is not None:
             self.replay.known = known
-        if self.row.fades:
-            for term, share in zip(self.terms.values(), self._shares, strict=True):
-                term.weight = share * (1 - self.progress)
         torch.manual_seed((self.seed << 40) + round(self.progress * 2**40))
         (network,), (teacher,) = self._network, self._teacher
         terms = []
@@ -238,20 +237,30 @@ def _last(network: Network) -> int:
 
 
 def _distiller(
-    student: Network, teacher: Network, row: Row, example: Tensor, backend: str
+    student: Network, teacher: Network, row: Row, example: Tensor, steps: int, backend: str
 ) -> Distiller:
     """Both layers as a user names them, every loss with its default share of the pull."""
-    layers: dict[str, Any] = {student.layer: teacher.layer} if row.points else {}
-    if row.points in ATTEMPTS:
-        layers[student.layer] = teacher.layer, ATTEMPTS[row.points]()
-    if row.last == "fad":
-        layers[student.penultimate] = teacher.penultimate
-    elif row.last:
+    per_point = isinstance(teacher, Segmenter)
+    layers: dict[str, Any] = {}
+    if row.points and not (row.recipe and per_point):
+        layers[student.layer] = teacher.layer
+        if row.points in ATTEMPTS:
+            layers[student.layer] = teacher.layer, ATTEMPTS[row.points]()
+    if row.last:
         # Of points with labels of their own, it judges each.
-        pool = None if isinstance(teacher, Segmenter) else "max"
-        judge = HeadDiscriminator(teacher.classifier[-1], pool=pool)
-        other = judge if row.last == "judge" else SquaredDiscriminator()
-        layers[student.penultimate] = teacher.penultimate, other
+        pool = None if per_point else "max"
+        others = {
+            "judge": partial(HeadDiscriminator, teacher.classifier[-1], pool=pool),
+            "squared": SquaredDiscriminator,
+        }
+        layers[student.penultimate] = teacher.penultimate
+        if row.last in others:
+            layers[student.penultimate] = teacher.penultimate, others[row.last]()
+    options: dict[str, Any] = {} if row.recipe else {"balance": row.balance, "warmup_steps": 500}
+    if row.share is not None:
+        options["weight"] = row.share
+    if row.fades:
+        options["total_steps"] = steps
     places = {student.layer: (student.places, teacher.places)}
     made = Distiller(
         student,
@@ -261,7 +270,7 @@ def _distiller(
         layout="bnc",
         # None would find them; and squared error needs them to be named.
         positions=places if row.points and row.positions and student.samples else {},
-        balance=row.balance,
+        **options,
     )
     for loss in made.losses.values():
         if hasattr(loss.discriminator, "backend"):

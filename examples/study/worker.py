@@ -218,8 +218,9 @@ class Bench:
             example = both_orders(example, random=True)
         # The same adapters for the same layers.
         torch.manual_seed(seed + 1)
+        steps = plan.epochs * (len(self.train) // min(plan.batch_size, len(self.train)))
         objective = Recipe(
-            student, teacher, chosen, example=example, seed=seed, backend=plan.backend
+            student, teacher, chosen, example=example, seed=seed, steps=steps, backend=plan.backend
         )
         if teacher is not None and views:
             objective.replay = Replay(teacher)

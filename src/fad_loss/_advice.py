@@ -30,12 +30,24 @@ class Advice:
         self.updates = 0
         self.versions: dict[str, int] | None = None
         self.balanced = 0
+        self.steps = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Advice:
         return Advice()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Advice, ()
+
+    def on_step(self, total_steps: int | None) -> None:
+        """Training ends with the schedule of the weight."""
+        self.steps += 1
+        if total_steps is not None and self.steps > total_steps:
+            self._say(
+                "steps",
+                f"total_steps: the training goes on after {total_steps} steps, from where the "
+                "weight is 0 and the student learns nothing from this loss; count every call in "
+                "training, total_steps=epochs * len(loader)",
+            )
 
     def on_features(self, student: Tensor, teacher: Tensor) -> None:
         """In training, the student's features have a graph, and the teacher's have not."""

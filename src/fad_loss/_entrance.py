@@ -25,6 +25,7 @@ from fad_loss.discriminators import (
     TeacherDiscriminator,
     as_discriminator,
 )
+from fad_loss.discriminators.base import at_least_float32
 
 if TYPE_CHECKING:
     from fad_loss.loss import FeatureAdversarialLoss
@@ -279,6 +280,25 @@ def check_points(game: Game) -> None:
     """Refuse features that are not finite, where they may be looked at."""
     for name, points in (("student", game.student), ("teacher", game.teacher)):
         points.check_finite(name)
+
+
+def in_units(loss: FeatureAdversarialLoss, fake: Points, real: Points) -> tuple[Points, Points]:
+    """Standardised, the student's adapted, both in the dtype that the discriminator takes."""
+    if loss.normalize:
+        if loss.training and torch.is_grad_enabled():
+            loss.student_units.observe(fake)
+            loss.teacher_units.observe(real)
+        fake = loss.student_units(fake.map(at_least_float32))
+    fake = fake.map(lambda v: adapt(loss.adapter, v, loss.teacher_channels)).filled()
+    dtype = torch.promote_types(fake.features.dtype, real.features.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    fake, real = (points.map(lambda values: values.to(dtype)) for points in (fake, real))
+    if loss.normalize and loss.discriminator.standardized:
+        real = loss.teacher_units(real)
+    elif loss.normalize:
+        fake = fake.map(loss.teacher_units.restore)
+    kind = floating_dtype(loss.discriminator, dtype)
+    return fake.map(lambda values: values.to(kind)), real.map(lambda values: values.to(kind))
 
 
 def adapt(adapter: nn.Module, values: Tensor, channels: int) -> Tensor:

@@ -13,6 +13,8 @@ from fad_loss._ragged import is_ragged, pack, source
 
 __all__ = ["GradientBalance", "weigh_gradient"]
 
+# The share of the task's pull where none is named: one that stays, and one that falls to 0.
+DEFAULT_SHARES = (0.3, 1.0)
 # What was seen long ago is forgotten at this rate.
 _MOMENTUM = 0.05
 # The factor stays within this and its inverse, whatever is measured.
@@ -33,6 +35,21 @@ def weigh_gradient(features: Tensor, weight: Tensor) -> Tensor:
     still = features.detach()
     # The difference is exactly 0.
     return still + weight.to(features.dtype) * (features - still)
+
+
+def part_of_weight(steps: Tensor, warmup_steps: int, total_steps: int | None) -> Tensor:
+    """How much of the weight counts after so many steps: it rises first, and may fall to the end.
+
+    Example:
+        >>> part_of_weight(torch.tensor([0.0, 4, 8, 16]), warmup_steps=2, total_steps=16)
+        tensor([0.5000, 0.7500, 0.5000, 0.0000])
+    """
+    part = torch.ones_like(steps)
+    if warmup_steps:
+        part = ((steps + 1) / warmup_steps).clamp(max=1)
+    if total_steps is not None:
+        part = part * (1 - steps / total_steps).clamp(min=0)
+    return part
 
 
 class GradientBalance(nn.Module):
@@ -67,9 +84,6 @@ class GradientBalance(nn.Module):
         >>> balance.factor()
         tensor(10.)
     """
-
-    default_weight = 0.3
-    """Of a loss that uses it: the share of the task's pull that it pulls with itself."""
 
     task: Tensor
     own: Tensor

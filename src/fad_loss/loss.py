@@ -14,12 +14,12 @@ from fad_loss._checks import count_non_finite
 from fad_loss._errors import amount, choose, count, switch
 from fad_loss._fingerprints import converted, fingerprints, untrained
 from fad_loss._game import Game, Side
-from fad_loss._points import LAYOUTS, Points
+from fad_loss._points import LAYOUTS
 from fad_loss._ragged import cloud_mean, flat
 from fad_loss._state import VERSION, Record, WideBuffers, refuse_other_versions, separability
 from fad_loss.discriminators import Scores
-from fad_loss.discriminators.base import at_least_float32, held_still
-from fad_loss.gradients import GradientBalance, weigh_gradient
+from fad_loss.discriminators.base import held_still
+from fad_loss.gradients import DEFAULT_SHARES, GradientBalance, part_of_weight, weigh_gradient
 from fad_loss.objectives import Objective, get_objective
 from fad_loss.penalties import lecam as lecam_penalty
 from fad_loss.penalties import penalized_sides
@@ -35,6 +35,7 @@ __all__ = ["FeatureAdversarialLoss"]
 _TEACHER_MOMENTUM: Final = 0.01
 _STUDENT_MOMENTUM: Final = 0.1
 _DECAY: Final = 0.99
+_WARMUP_STEPS: Final = 500
 
 
 class FeatureAdversarialLoss(WideBuffers):
@@ -68,7 +69,8 @@ class FeatureAdversarialLoss(WideBuffers):
             `fad_loss.objectives.Objective`.
         weight: multiplies the gradient on its way to the student's features, and nothing else: the
             value that is returned, and the pace at which the adapter learns, do not depend on it.
-            None takes the discriminator's `default_weight`, or 0.3 with ``balance=True``.
+            None takes the discriminator's `default_weight`; with ``balance=True`` 0.3, or 1 if it
+            falls (`total_steps`).
         balance: make `weight` a share: the student's term pulls at the student's features `weight`
             times as strongly as all other losses do (see `fad_loss.gradients.GradientBalance`),
             where otherwise that depends on the network and the task. The gradients' norms are
@@ -81,7 +83,10 @@ class FeatureAdversarialLoss(WideBuffers):
             (`HeadDiscriminator`) gets what the adapter makes in those.
         warmup_steps: over so many training steps the student's weight rises linearly to `weight`,
             while the adapter and the discriminator already learn. Without it (0), an adapter that
-            is still random leads the student astray in its first steps.
+            is still random leads the student astray in its first steps. None takes 500, or a tenth
+            of `total_steps` if those are fewer.
+        total_steps: of the training, ``epochs * len(loader)``: the weight falls linearly to 0 until
+            then, so that the student ends with its task alone. None keeps it.
         gradient_penalty: weight of R1 + R2 in the discriminator's loss.
         penalty_every: compute the gradient penalty only at every n-th step, n times as strong.
         lecam: weight of the LeCam regulariser in the discriminator's loss.
@@ -139,7 +144,8 @@ class FeatureAdversarialLoss(WideBuffers):
         balance: bool = False,
         adapter: str | nn.Module = "linear",
         normalize: bool = True,
-        warmup_steps: int = 500,
+        warmup_steps: int | None = None,
+        total_steps: int | None = None,
         gradient_penalty: float = 0.0,
         penalty_every: int = 1,
         lecam: float = 0.0,
@@ -150,6 +156,9 @@ class FeatureAdversarialLoss(WideBuffers):
         super().__init__()
         self.student_channels = count("student_channels", student_channels, 1)
         self.teacher_channels = count("teacher_channels", teacher_channels, 1)
+        self.total_steps = None if total_steps is None else count("total_steps", total_steps, 1)
+        if warmup_steps is None:
+            warmup_steps = min(_WARMUP_STEPS, (total_steps or 10 * _WARMUP_STEPS) // 10)
         self.warmup_steps = count("warmup_steps", warmup_steps, 0)
         self.gradient_penalty = amount("gradient_penalty", gradient_penalty)
         self.penalty_every = count("penalty_every", penalty_every, 1)
@@ -162,7 +171,8 @@ class FeatureAdversarialLoss(WideBuffers):
         self.adapter = entrance.make_adapter(adapter, student_channels, teacher_channels)
         self.discriminator = entrance.make_discriminator(discriminator, teacher_channels)
         if weight is None:
-            weight = (self.balance or self.discriminator).default_weight
+            share = DEFAULT_SHARES[self.total_steps is not None]
+            weight = share if balance else self.discriminator.default_weight
         self.weight = amount("weight", weight)
         self.max_points = entrance.limit_of_points(max_points, self.discriminator)
         entrance.check_regularisers(
@@ -282,12 +292,10 @@ class FeatureAdversarialLoss(WideBuffers):
         return self.training and torch.is_grad_enabled()
 
     def _weight_now(self, student: object) -> Tensor:
-        """The weight of the student's gradient at this step: warm-up and balance included."""
+        """The weight of the student's gradient at this step, by schedule and balance."""
         wide = isinstance(student, Tensor) and student.dtype == torch.float64
-        dtype = torch.float64 if wide else torch.float32
-        weight = torch.full((), self.weight, dtype=dtype, device=self.steps.device)
-        if self.warmup_steps:
-            weight = weight * ((self.steps + 1).to(dtype) / self.warmup_steps).clamp(max=1)
+        steps = self.steps.to(torch.float64 if wide else torch.float32)
+        weight = self.weight * part_of_weight(steps, self.warmup_steps, self.total_steps)
         return weight if self.balance is None else weight * self.balance.factor()
 
     def _student_term(self, game: Game) -> tuple[Tensor, Scores | None]:
@@ -385,6 +393,7 @@ class FeatureAdversarialLoss(WideBuffers):
             watched = False
         game = entrance.enter(self, student, teacher, labels, mask, positions)
         if watched:
+            self._advice.on_step(self.total_steps)
             self._advice.on_features(student, teacher)
             self._advice.on_parameters(self, self._made_with, student)
             if self.balance is not None:
@@ -397,29 +406,11 @@ class FeatureAdversarialLoss(WideBuffers):
         self._log(weight=weight, small_clouds=small)
         fake, real = game.student, game.teacher
         fake = fake.map(lambda values: weigh_gradient(values, weight))
-        fake, real = self._in_units(fake, real)
-        return Game(fake, real, game.labels)
-
-    def _in_units(self, fake: Points, real: Points) -> tuple[Points, Points]:
-        """Standardised, the student's adapted, both in the dtype that the discriminator takes."""
-        if self.normalize:
-            if self._updating:
-                self.student_units.observe(fake)
-                self.teacher_units.observe(real)
-            fake = self.student_units(fake.map(at_least_float32))
-        fake = fake.map(lambda v: entrance.adapt(self.adapter, v, self.teacher_channels)).filled()
-        dtype = torch.promote_types(fake.features.dtype, real.features.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
-        fake, real = (points.map(lambda values: values.to(dtype)) for points in (fake, real))
-        if self.normalize and self.discriminator.standardized:
-            real = self.teacher_units(real)
-        elif self.normalize:
-            fake = fake.map(self.teacher_units.restore)
+        fake, real = entrance.in_units(self, fake, real)
         with torch.no_grad():
             bad = count_non_finite(fake.features) + count_non_finite(real.features)
         self._log(non_finite=bad)
-        kind = entrance.floating_dtype(self.discriminator, dtype)
-        return fake.map(lambda values: values.to(kind)), real.map(lambda values: values.to(kind))
+        return Game(fake, real, game.labels)
 
     # ----------------------------------------------------------------------------------- state
 
