@@ -62,8 +62,9 @@ def amount(name: str, value: object) -> float:
     return float(value)
 
 
-def switch(name: str, value: object) -> bool:
-    """`value`, if it is True or False."""
+def switch(name: str, value: object, *others: str) -> bool:
+    """`value`, if it is True or False; `others` are what else could have been said."""
     if not isinstance(value, bool):
-        raise expected(name, "True or False", describe(value), error=TypeError)
+        wanted = " or ".join(["True", "False", *others])
+        raise expected(name, wanted, describe(value), error=TypeError)
     return value

@@ -101,8 +101,9 @@ class Distiller(nn.Module):
             "error".
         clone: use copies of what the layers return, where an operation in place follows.
         options: of each `FeatureAdversarialLoss` that is made here: `total_steps`, `weight`, ...
-            Without `weight` and `balance` it is ``balance=True``: each loss pulls at its layer with
-            a share of the task's pull, whatever the networks and the task are. A `discriminator` that is not given is "paired" where what the layers return can be told
+            Without `weight` and `balance` it is ``balance="auto"``: each loss pulls at its layer
+            with a share of the task's pull, whatever the networks and the task are.
+            A `discriminator` that is not given is "paired" where what the layers return can be told
             to correspond: feature i is of the same point in both, or of the same cloud, or
             `positions` say where each belongs. Elsewhere it is "teacher". Whether points correspond
             shows the example: its points are shuffled, and the features of both have to follow.
@@ -151,7 +152,7 @@ class Distiller(nn.Module):
         targets = _checked_layers(layers, positions)
         given = options.pop("discriminator", None)
         if options.get("weight") is None:
-            options.setdefault("balance", True)
+            options.setdefault("balance", "auto")
         self.student = student
         # In a tuple, so that it is no submodule: see the class.
         self._teacher = (teacher,)

@@ -73,6 +73,13 @@ class GradientBalance(nn.Module):
     are averaged, so that all use the same factor: once in every training step, and never in
     evaluation or under `no_grad`, where one rank may be alone.
 
+    Args:
+        otherwise: the factor as long as nothing was measured, and in compiled graphs, whose
+            backward pass has no hooks. None: 1, and compiled graphs are refused.
+
+    Raises:
+        RuntimeError: in a compiled graph, without `otherwise`.
+
     Source: balancing by gradient norms is from Chen et al., "GradNorm", ICML 2018, and by the last
     layer's gradients, as here, from Esser et al., "Taming transformers", CVPR 2021.
 
@@ -90,9 +97,10 @@ class GradientBalance(nn.Module):
     measured: Tensor
     pending: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, otherwise: float | None = None) -> None:
         """See the class."""
         super().__init__()
+        self.otherwise = otherwise
         self.register_buffer("task", torch.zeros(()))
         self.register_buffer("own", torch.zeros(()))
         self.register_buffer("measured", torch.zeros((), dtype=torch.int64))
@@ -104,11 +112,14 @@ class GradientBalance(nn.Module):
         self._counted = False
 
     def factor(self) -> Tensor:
-        """What to multiply the term by: 1 until something was measured."""
+        """What to multiply the term by."""
+        before = torch.full_like(self.task, 1.0 if self.otherwise is None else self.otherwise)
+        if self.otherwise is not None and torch.compiler.is_compiling():
+            return before
         if self.training and torch.is_grad_enabled():
             self._count()
         ratio = (self.task / self.own).clamp(1 / _LARGEST, _LARGEST)
-        return torch.where(self.measured > 0, ratio, 1.0)
+        return torch.where(self.measured > 0, ratio, before)
 
     def tap(self, features: Tensor, weight: Tensor) -> Tensor:
         """The same features, for the term to use: what it sends back is told from all else.
@@ -119,9 +130,12 @@ class GradientBalance(nn.Module):
             weight: what the term's gradient is multiplied by this time, the factor included.
         """
         if torch.compiler.is_compiling():
+            if self.otherwise is not None:
+                return features
             message = (
                 "balance: the gradients cannot be measured inside torch.compile(fullgraph=True), "
-                "whose backward pass has no hooks; compile the networks and leave the loss outside"
+                "whose backward pass has no hooks; compile the networks, leave the loss outside, "
+                'or set balance="auto"'
             )
             raise RuntimeError(message)
         self._count()

@@ -76,6 +76,8 @@ class FeatureAdversarialLoss(WideBuffers):
             where otherwise that depends on the network and the task. The gradients' norms are
             measured in every backward pass, for the next step. Scaling the result, as in
             ``0.1 * fad(...)``, then has no effect; and ``torch.compile`` needs graph breaks.
+            "auto" is the same where there is something to measure, and the discriminator's
+            `default_weight` where there is not: in compiled graphs, and without another loss.
         adapter: "linear" (a linear layer from the student's channels to the teacher's), "identity",
             or a module that maps `(..., student_channels)` to `(..., teacher_channels)`.
         normalize: standardise each side by running statistics of its own, channel by channel, so
@@ -141,7 +143,7 @@ class FeatureAdversarialLoss(WideBuffers):
         discriminator: str | nn.Module = "teacher",
         objective: str | Objective = "hinge",
         weight: float | None = None,
-        balance: bool = False,
+        balance: bool | str = False,
         adapter: str | nn.Module = "linear",
         normalize: bool = True,
         warmup_steps: int | None = None,
@@ -164,7 +166,7 @@ class FeatureAdversarialLoss(WideBuffers):
         self.penalty_every = count("penalty_every", penalty_every, 1)
         self.lecam = amount("lecam", lecam)
         self.normalize = switch("normalize", normalize)
-        self.balance = GradientBalance() if switch("balance", balance) else None
+        balanced = balance == "auto" or switch("balance", balance, '"auto"')
         choose("layout", layout, LAYOUTS)
         self.layout = layout
         self.objective = get_objective(objective)
@@ -172,8 +174,12 @@ class FeatureAdversarialLoss(WideBuffers):
         self.discriminator = entrance.make_discriminator(discriminator, teacher_channels)
         if weight is None:
             share = DEFAULT_SHARES[self.total_steps is not None]
-            weight = share if balance else self.discriminator.default_weight
+            weight = share if balanced else self.discriminator.default_weight
         self.weight = amount("weight", weight)
+        otherwise = None
+        if balance == "auto" and self.weight:
+            otherwise = self.discriminator.default_weight / self.weight
+        self.balance = GradientBalance(otherwise) if balanced else None
         self.max_points = entrance.limit_of_points(max_points, self.discriminator)
         entrance.check_regularisers(
             self.discriminator, gradient_penalty=gradient_penalty, lecam=lecam
@@ -396,7 +402,7 @@ class FeatureAdversarialLoss(WideBuffers):
             self._advice.on_step(self.total_steps)
             self._advice.on_features(student, teacher)
             self._advice.on_parameters(self, self._made_with, student)
-            if self.balance is not None:
+            if self.balance is not None and self.balance.otherwise is None:
                 self._advice.on_balance(self.balance.measured)
         if self.training and self.max_points is not None and student.dim() > 2:
             game = entrance.draw(game, self.max_points, self.discriminator)

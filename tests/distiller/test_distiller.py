@@ -433,6 +433,10 @@ def test_compiled_in_one_graph(case):
     # What is drawn at random would be drawn in another order.
     distiller = build(case, max_points=None)
     eager = copy.deepcopy(distiller)
+    for loss in eager.losses.values():
+        # In a compiled graph nothing can be measured.
+        if loss.balance is not None:
+            loss.balance, loss.weight = None, loss.discriminator.default_weight
     compiled = torch.compile(distiller, backend="aot_eager", fullgraph=True)
     for seed in (1, 2):
         output, loss = compiled(clouds(seed=seed))
@@ -444,6 +448,23 @@ def test_compiled_in_one_graph(case):
     torch.testing.assert_close(*grads)
     torch.testing.assert_close(distiller.statistics(), eager.statistics())
     torch.compiler.reset()
+
+
+def test_a_share_of_the_pull_unless_a_weight_is_named():
+    def weights(**options):
+        found = [(loss.weight, loss.balance is not None) for loss in layers(**options)]
+        assert len(set(found)) == 1
+        return found[0]
+
+    def layers(**options):
+        return build("several", discriminator="teacher", **options).losses.values()
+
+    assert weights() == weights(weight=None) == weights(balance=True) == (0.3, True)
+    assert weights(total_steps=100) == (1.0, True)
+    assert weights(balance=False) == weights(balance=False, total_steps=100) == (20.0, False)
+    assert weights(weight=2) == (2.0, False)
+    assert weights(weight=2, balance=True) == (2.0, True)
+    assert {loss.total_steps for loss in layers(total_steps=100)} == {100}
 
 
 # --------------------------------------------------------------------------------------- refusals

@@ -166,8 +166,63 @@ def test_compiled_with_graph_breaks_but_not_without():
         torch.compile(step, backend="aot_eager", fullgraph=True)(points, teacher)
 
 
+def test_auto_is_the_fixed_weight_until_something_was_measured():
+    torch.manual_seed(0)
+    encoder, points, teacher = nn.Linear(3, 4), torch.randn(5, 12, 3), torch.randn(5, 12, 6)
+    options = {"discriminator": "paired", "warmup_steps": 0, "max_points": None}
+    auto = FeatureAdversarialLoss(4, 6, balance="auto", **options)
+    share, fixed = (copy.deepcopy(auto) for _ in range(2))
+    share.balance.otherwise = fixed.balance = None
+    fixed.weight = 30.0
+    assert auto.weight == 0.3
+
+    def step(fad, with_task):
+        features = encoder(points)
+        loss = fad(features, teacher) + (task(features) if with_task else 0)
+        return torch.autograd.grad(loss, [*encoder.parameters()])
+
+    # Without another loss there is nothing to measure, and nothing to warn of.
+    for _ in range(12):
+        torch.testing.assert_close(step(auto, with_task=False), step(fixed, with_task=False))
+    for with_task in (True, False):
+        step(auto, with_task)
+        step(share, with_task)
+    assert auto.balance.measured == share.balance.measured == 1
+    assert float(auto.balance.factor()) == pytest.approx(float(share.balance.factor()), rel=0.1)
+    # Nothing is divided by a weight of 0.
+    still = FeatureAdversarialLoss(4, 6, balance="auto", weight=0.0, **options)
+    assert all(not gradient.any() for gradient in step(still, with_task=False))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_auto_compiles_in_one_graph_with_the_fixed_weight():
+    torch.manual_seed(0)
+    encoder, points, teacher = nn.Linear(3, 4), torch.randn(5, 12, 3), torch.randn(5, 12, 6)
+    options = {"discriminator": "paired", "warmup_steps": 4, "max_points": None}
+    auto = FeatureAdversarialLoss(4, 6, balance="auto", total_steps=10, **options)
+    fixed = copy.deepcopy(auto)
+    fixed.balance, fixed.weight = None, 30.0
+
+    def step(fad):
+        features = encoder(points)
+        return fad(features, teacher) + task(features)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        got, wanted = (
+            torch.autograd.grad(loss, [*encoder.parameters()])
+            for loss in (compiled(auto), step(fixed))
+        )
+        torch.testing.assert_close(got, wanted)
+    assert auto.balance.measured == 0
+    torch.testing.assert_close(auto.statistics()["weight"], fixed.statistics()["weight"])
+    torch.compiler.reset()
+
+
 def test_balance_is_a_switch():
-    with pytest.raises(TypeError, match=r"balance: expected True or False, got float 0\.5"):
+    with pytest.raises(
+        TypeError, match=r'balance: expected True or False or "auto", got float 0\.5'
+    ):
         FeatureAdversarialLoss(4, 6, balance=0.5)
 
 

@@ -102,6 +102,8 @@ CONSTRUCTION = {
     ),
     "warm-up": (lambda: make(warmup_steps=-1), ValueError, "warmup_steps: .* at least 0, got -1"),
     "warm-up as a share": (lambda: make(warmup_steps=0.1), TypeError, "warmup_steps: .* float 0.1"),
+    "no steps": (lambda: make(total_steps=0), ValueError, "total_steps: .* at least 1, got 0"),
+    "steps as a share": (lambda: make(total_steps=2.5), TypeError, "total_steps: .* float 2.5"),
     "layout": (
         lambda: make(layout="ncb"),
         ValueError,

@@ -223,6 +223,31 @@ def test_warm_up_is_linear_and_the_discriminator_learns_meanwhile():
     assert fad.steps == 6
 
 
+def test_the_weight_falls_to_nothing_until_the_last_step():
+    fad = make("teacher", warmup_steps=2, total_steps=4, weight=2.0)
+    weights = []
+
+    def step():
+        student, teacher, _ = features()
+        fad(student, teacher).backward()
+        weights.append(fad.statistics()["weight"].item())
+        return student
+
+    for _ in range(4):
+        step()
+    with pytest.warns(UserWarning, match=r"total_steps: .* after 4 steps.*epochs \* len"):
+        student = step()
+    step()
+    assert weights == pytest.approx([1.0, 1.5, 1.0, 0.5, 0.0, 0.0])
+    assert not student.grad.any()
+
+
+@pytest.mark.parametrize("total, warm_up", [(None, 500), (20000, 500), (600, 60), (9, 0), (1, 0)])
+def test_the_warm_up_is_at_most_a_tenth_of_the_training(total, warm_up):
+    assert FeatureAdversarialLoss(4, 4, total_steps=total).warmup_steps == warm_up
+    assert FeatureAdversarialLoss(4, 4, total_steps=total, warmup_steps=7).warmup_steps == 7
+
+
 def test_warm_up_scales_the_student_s_gradient():
     plain, slow = make("point"), make("point", warmup_steps=10)
     student, teacher, _ = features()
@@ -300,7 +325,9 @@ def test_without_a_weight_the_discriminators_own_is_taken(discriminator, expecte
     assert weight() == expected
     assert weight(weight=0.0) == 0.0
     assert weight(weight=2) == 2.0
-    assert weight(balance=True) == 0.3
+    assert weight(balance=True) == weight(balance="auto") == 0.3
+    assert weight(balance=True, total_steps=9) == 1.0
+    assert weight(total_steps=9) == expected
 
 
 def test_the_weight_of_a_head_is_its_own():
