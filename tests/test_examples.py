@@ -329,19 +329,17 @@ def test_weights_are_those_of_the_study_unless_given():
         return term.weights
 
     best = terms.WEIGHTS
-    ours = FeatureAdversarialLoss(4, 4).weight
-    assert ours > 1
-    assert weights("fad+kd") == {"fad": ours, "kd": best["kd"]}
+    assert weights("fad+kd") == {"fad": 0.3, "kd": best["kd"]}
+    assert weights("fad+last", total_steps=9) == {"fad": 1.0, "last": 1.0}
+    assert weights("fad+last", weights={"last": 3.0}) == {"fad": 0.3, "last": 3.0}
+    assert weights("last+fad", weights={"fad": 3.0}) == {"fad": 3.0, "last": 3.0}
     judge = HeadDiscriminator(networks_[1].classifier[-1], pool=None)
     assert weights("head") == {"head": FeatureAdversarialLoss(4, 4, discriminator=judge).weight}
     paired = FeatureAdversarialLoss(4, 4, discriminator="paired").weight
-    assert (
-        weights("last")
-        == {"last": paired}
-        == {"last": weights("fad", discriminator="paired")["fad"]}
-    )
+    assert weights("last") == {"last": paired}
+    assert weights("fad", discriminator="paired", balance=False) == {"fad": paired}
     assert weights("head+last", weights={"last": 3.0})["last"] == 3.0
-    assert weights("fad", discriminator="match")["fad"] < 1
+    assert weights("fad", discriminator="match", balance=False)["fad"] < 1
     assert weights("fad", discriminator="paired", balance=True) == {"fad": 0.3}
     assert weights("fad+kd", weights={"fad": 2.0}) == {"fad": 2.0, "kd": best["kd"]}
     assert weights("logit+mse", weights={"mse": 0.5}) == {"logit": best["logit"], "mse": 0.5}
@@ -394,7 +392,9 @@ def test_a_curriculum_moves_from_the_terms_to_the_task():
     assert loss("fade", 0.75) == pytest.approx(task + (both - task) / 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["fad", "kd+sp", "crd", "fitnet", "head", "last"])
+@pytest.mark.parametrize(
+    "method", ["fad", "fad+last", "kd+sp", "crd", "fitnet", "head", "last", "fad+kd+last"]
+)
 def test_what_the_teacher_said_before_is_as_good_as_asking_again(method):
     student, teacher = networks.build("pointnet", 3, 0.1), networks.build("pointnet", 3, 0.2)
     objective = methods.Distilled(student.eval(), teacher, method).eval()
@@ -410,7 +410,7 @@ def test_fad_is_the_loss_of_the_readme():
     torch.manual_seed(1)
     term = methods.Distilled(student, teacher, "fad").terms["fad"]
     torch.manual_seed(1)
-    readme = FeatureAdversarialLoss(student.channels, teacher.channels)
+    readme = FeatureAdversarialLoss(student.channels, teacher.channels, balance="auto")
     assert repr(term) == repr(readme)
     assert str(vars(term)["max_points"]) == str(readme.max_points)
     for name, value in readme.state_dict().items():
@@ -712,7 +712,7 @@ def test_a_given_teacher_of_another_architecture(clouds, teacher, tmp_path, caps
     command += ["--discriminator", "cloud", "--fad", "objective='relativistic'", "--compress", "60"]
     assert experiment.main(command) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["teacher", "student with FAD"]
+    assert [row["name"] for row in rows] == ["teacher", "student with FAD on two layers"]
     assert not list(tmp_path.glob("teacher-*.pt"))
     assert "(validation)" in capsys.readouterr().out
 

@@ -234,6 +234,7 @@ class Experiment:
             raise DataError(message) from error
         network = self.build(arch, width)
         more: dict[str, Any] = {"method": method}
+        steps = len(self.data.train) // min(options.batch_size, len(self.data.train))
         if method == "none":
             objective = Supervised(network, options.label_smoothing)
         else:
@@ -247,7 +248,7 @@ class Experiment:
                     smoothing=options.label_smoothing,
                     curriculum=options.curriculum,
                     discriminator=options.discriminator,
-                    **dict(options.fad),
+                    **{"total_steps": options.epochs * steps, **dict(options.fad)},
                 ).to(self.device)
             except (ValueError, TypeError) as error:
                 message = f"--loss {method}: {error}"

@@ -95,23 +95,35 @@ class Supervised(nn.Module):
 
 
 def distiller(
-    student: Network, teacher: Network, discriminator: str | None = None, **options: Any
+    student: Network,
+    teacher: Network,
+    discriminator: str | None = None,
+    *,
+    last: FeatureAdversarialLoss | bool = False,
+    **options: Any,
 ) -> Distiller:
     """The library's loss between the layers that the networks name.
 
-    Without options it is what the README shows, all defaults.
+    Without options it is what the README shows, all defaults; with `last`, of what the last layer
+    takes too.
     """
-    options |= of_discriminator(discriminator, teacher.channels)
-    chosen, weight = options.get("discriminator"), next(student.parameters())
+    layers: dict[str, Any] = {student.layer: teacher.layer}
+    chosen = of_discriminator(discriminator, teacher.channels).get("discriminator")
+    if chosen is not None:
+        layers[student.layer] = teacher.layer, chosen
+    if last:
+        own = teacher.penultimate if last is True else (teacher.penultimate, last)
+        layers[student.penultimate] = own
     # Where the points of one are not those of the other, it says where they are.
     positional = chosen in {None, "teacher", "paired"} or getattr(chosen, "positional", False)
     places = {student.layer: (student.places, teacher.places)}
     unlike = (student.samples or teacher.samples) and positional
+    weight = next(student.parameters())
     example = torch.linspace(-1, 1, 2 * 32 * 3, device=weight.device, dtype=weight.dtype)
     return Distiller(
         student,
         teacher,
-        {student.layer: teacher.layer},
+        layers,
         example=example.view(2, 32, 3),
         layout="bnc",
         positions=places if unlike else None,
@@ -127,14 +139,16 @@ class Distilled(Supervised):
         teacher: a trained network; it is not changed.
         method: names from `METHODS`, joined by "+".
         weights: of the terms; of those that are not named, FAD's own default, or that of `WEIGHTS`.
-            FAD's multiplies its gradient at the student, the others' what is added to the loss.
+            FAD's, of both layers unless that of "last" is named, multiplies its gradient at the
+            student, the others' what is added to the loss.
         temperature: of knowledge distillation.
         smoothing: of the labels.
         curriculum: "first" spends the first quarter of the training on the terms alone, "fade" lets
             them fade linearly to nothing.
         discriminator: of "fad": from `DISCRIMINATORS`, or a name that the library knows; None is
             the library's default.
-        options: more of them for "fad", as `FeatureAdversarialLoss` takes them.
+        options: more of them for "fad", and for "last" beside it, as `FeatureAdversarialLoss` takes
+            them.
 
     Its forward takes what the teacher makes of the clouds, if that is known already; the teacher's
     features may then be of the first points only.
@@ -163,12 +177,18 @@ class Distilled(Supervised):
         given = dict(weights or {})
         self.terms = nn.ModuleDict()
         self.weights = {}
-        for name in method.split("+"):
-            if name == "fad":
-                made = distiller(student, teacher, discriminator, weight=given.get(name), **options)
-                self._distiller = (made,)
-                (self.terms[name],) = made.losses.values()
-            else:
+        names = method.split("+")
+        if "fad" in names:
+            beside = "last" in names
+            if "last" in given:
+                sizes = [network.classifier[-1].in_features for network in (student, teacher)]
+                beside = METHODS["last"](*sizes, weight=given["last"])
+            own = {"weight": given.get("fad"), "last": beside, **options}
+            self._distiller = (distiller(student, teacher, discriminator, **own),)
+            losses = self._distiller[0].losses.values()
+            self.terms.update(zip(["fad", "last"], losses, strict=False))
+        for name in names:
+            if name not in self.terms:
                 sizes = [
                     network.classifier[-1].in_features
                     if COMPARED.get(name) == "penultimate"
@@ -190,6 +210,8 @@ class Distilled(Supervised):
         found: dict[str, Tensor] = {}
         if self._distiller and known is None:
             logits, found["fad"] = self._distiller[0](points)
+            if "last" in self.terms:
+                found["last"] = torch.zeros_like(found["fad"])  # it is in the sum
             known = seen(self._teacher[0], self._known)
         else:
             logits = self._network[0](points)

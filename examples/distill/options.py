@@ -35,9 +35,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--loss",
         nargs="+",
         type=_method,
-        default=["fad"],
+        default=["fad+last"],
         metavar="METHOD",
-        help=f"none, {', '.join(METHODS)}, or several of them joined by + (default: fad)",
+        help=f"none, {', '.join(METHODS)}, or several of them joined by + (default: fad+last)",
     )
     add("--no-baseline", action="store_true", help="do not train the student alone")
     add("--only", choices=["teacher"], help="stop after the teacher")

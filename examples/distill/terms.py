@@ -245,4 +245,5 @@ TITLES = {
 def title(method: str) -> str:
     """What to call the row of a method."""
     names = " + ".join(TITLES[name] for name in method.split("+"))
+    names = names.replace(f"{TITLES['fad']} + {TITLES['last']}", "FAD on two layers")
     return f"student {names}" if method == "none" else f"student with {names}"
