@@ -1,6 +1,6 @@
 """Part segmentation: a label for every point, mIoU with and without the loss.
 
-What is compared are the features that are pooled, one for each point of the same cloud.
+What is compared is what the head takes, one feature for each point of the same cloud.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import toy
 from fad_loss import Distiller  # fad_loss
 
-LAYERS = {"encoder": "encoder"}
+LAYERS = {"decoder": "decoder"}
 OPTIONS = {"warmup_steps": 100}  # fad_loss
 
 

@@ -142,7 +142,7 @@ except ValueError as error:
 # - the same layer, judged by the teacher's own head (`HeadDiscriminator`)
 # - two layers
 #
-# To compare layers and not strengths, each pulls a third as strongly as the task: `balance=True`, see below.
+# This compares layers and not strengths: a distiller measures how strongly the task pulls, and pulls a third as strongly.
 
 # %%
 candidates = {
@@ -151,14 +151,14 @@ candidates = {
     "two layers": {"encoder.1": "encoder.1", "encoder": "encoder"},
 }
 for name, layers in candidates.items():
-    students(name, layers, balance=True)
+    students(name, layers)
 
 # %% [markdown]
 # Two seeds each: the sixth notebook says how to compare in earnest.
 #
 # ## The weight
-# It multiplies the gradient at the student's features, so what is right depends on how strongly the task pulls there. The
-# default, 30 for `"paired"`, is a place to begin; `balance=True`, above, measures that pull at every step.
+# It multiplies the gradient at the student's features, so what is right depends on how strongly the task pulls there: which
+# is why that is measured. A weight that you name is not a share, but the factor itself.
 
 # %%
 for weight in (3.0, 30.0):

@@ -70,8 +70,8 @@ class GradientBalance(nn.Module):
     1000.
 
     The buffers are saved with a ``state_dict``. In a process group the measurements of all ranks
-    are averaged, so that all use the same factor: once in every training step, and never in
-    evaluation or under `no_grad`, where one rank may be alone.
+    are averaged, so that all use the same factor: once in every training step, and never by the
+    loss in evaluation or under `no_grad`, where one rank may be alone.
 
     Args:
         otherwise: the factor as long as nothing was measured, and in compiled graphs, whose
@@ -111,12 +111,12 @@ class GradientBalance(nn.Module):
         self._handles: list[Any] = []
         self._counted = False
 
-    def factor(self) -> Tensor:
-        """What to multiply the term by."""
+    def factor(self, *, count: bool = True) -> Tensor:
+        """What to multiply the term by; `count` what the latest backward passes have shown."""
         before = torch.full_like(self.task, 1.0 if self.otherwise is None else self.otherwise)
         if self.otherwise is not None and torch.compiler.is_compiling():
             return before
-        if self.training and torch.is_grad_enabled():
+        if count:
             self._count()
         ratio = (self.task / self.own).clamp(1 / _LARGEST, _LARGEST)
         return torch.where(self.measured > 0, ratio, before)

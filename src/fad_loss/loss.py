@@ -297,12 +297,12 @@ class FeatureAdversarialLoss(WideBuffers):
     def _updating(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
-    def _weight_now(self, student: object) -> Tensor:
+    def _weight_now(self, student: object, *, watched: bool) -> Tensor:
         """The weight of the student's gradient at this step, by schedule and balance."""
         wide = isinstance(student, Tensor) and student.dtype == torch.float64
         steps = self.steps.to(torch.float64 if wide else torch.float32)
         weight = self.weight * part_of_weight(steps, self.warmup_steps, self.total_steps)
-        return weight if self.balance is None else weight * self.balance.factor()
+        return weight if self.balance is None else weight * self.balance.factor(count=watched)
 
     def _student_term(self, game: Game) -> tuple[Tensor, Scores | None]:
         """The student against a discriminator that stands still; both scores, if known."""
@@ -390,15 +390,12 @@ class FeatureAdversarialLoss(WideBuffers):
         watched: bool = False,
     ) -> Game:
         """The points of both sides, checked, drawn, and in one space."""
-        weight = self._weight_now(student)
-        if watched and self._updating and isinstance(student, Tensor):
-            watched = not torch.compiler.is_compiling()
-            if self.balance is not None:
-                student = self.balance.tap(student, weight)
-        else:
-            watched = False
+        watched = watched and self._updating and isinstance(student, Tensor)
+        weight = self._weight_now(student, watched=watched)
+        if watched and self.balance is not None:
+            student = self.balance.tap(student, weight)
         game = entrance.enter(self, student, teacher, labels, mask, positions)
-        if watched:
+        if watched and not torch.compiler.is_compiling():
             self._advice.on_step(self.total_steps)
             self._advice.on_features(student, teacher)
             self._advice.on_parameters(self, self._made_with, student)

@@ -166,6 +166,17 @@ def test_compiled_with_graph_breaks_but_not_without():
         torch.compile(step, backend="aot_eager", fullgraph=True)(points, teacher)
 
 
+def test_asking_for_the_discriminators_loss_before_the_backward_pass_forgets_nothing():
+    encoder, fad, points, teacher = problem(discriminator="point")
+    for _ in range(3):
+        features = encoder(points)
+        losses = fad.student_loss(features, teacher), fad.discriminator_loss(features, teacher)
+        (task(features) + sum(losses)).backward()
+    of_task, of_fad = norms(encoder, fad, points, teacher)
+    assert int(fad.balance.measured) == 3
+    torch.testing.assert_close(of_fad, of_task, rtol=0.5, atol=0)
+
+
 def test_auto_is_the_fixed_weight_until_something_was_measured():
     torch.manual_seed(0)
     encoder, points, teacher = nn.Linear(3, 4), torch.randn(5, 12, 3), torch.randn(5, 12, 6)
