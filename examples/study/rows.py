@@ -71,7 +71,7 @@ ROWS = {
     "fad-two": Row("fad", "judge", True, against=("squared-two", "fitnet-two", "fitnet", "kd")),
     "fad-two+kd": Row("fad", "judge", True, kd=True, against=("squared-two", "fad-two", "kd")),
     "fad-fading": Row("fad", "judge", True, share=0.1, fades=True,
-                      against=("squared-fading", "fad-two", "kd")),
+                      against=("squared-fading", "fad-two", "fad-tenth", "kd")),
     "squared-fading": Row("squared", "squared", True, share=0.1, fades=True),
     "fad-fading-more": Row("fad", "judge", True, share=0.3, fades=True,
                            against=("fad-two", "fad-fading")),
