@@ -177,8 +177,9 @@ class FeatureAdversarialLoss(WideBuffers):
             weight = share if balanced else self.discriminator.default_weight
         self.weight = amount("weight", weight)
         otherwise = None
-        if balance == "auto" and self.weight:
-            otherwise = self.discriminator.default_weight / self.weight
+        if balance == "auto":
+            # A weight of 0 is 0 whatever it is multiplied by.
+            otherwise = self.discriminator.default_weight / (self.weight or 1.0)
         self.balance = GradientBalance(otherwise) if balanced else None
         self.max_points = entrance.limit_of_points(max_points, self.discriminator)
         entrance.check_regularisers(
