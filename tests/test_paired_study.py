@@ -250,12 +250,14 @@ def test_few_labels_are_another_split_for_every_seed():
     clouds = Clouds(torch.arange(24.0).view(24, 1, 1).expand(24, 2, 3), labels)
     given = clouds.select(slice(9)), clouds.select(slice(9, 24))
     splits = [worker.few(*given, 2, seed) for seed in (0, 1)]
-    for train, test in splits:
+    for taught, train, test in splits:
+        assert (len(taught), len(test)) == (12, 12)
         assert train.labels.bincount().tolist() == [2] * 4
-        assert test.labels.bincount().tolist() == [4] * 4
-        seen = torch.cat([train.points, test.points])[:, 0, 0]
+        seen = torch.cat([taught.points, test.points])[:, 0, 0]
         assert torch.equal(seen.sort().values, torch.arange(24.0))
-        assert torch.equal(torch.cat([train.labels, test.labels]), seen.long() % 4)
+        assert set(train.points[:, 0, 0].tolist()) <= set(taught.points[:, 0, 0].tolist())
+        for split in (taught, train, test):
+            assert torch.equal(split.labels, split.points[:, 0, 0].long() % 4)
     assert not torch.equal(splits[0][0].points, splits[1][0].points)
 
 
@@ -308,7 +310,10 @@ def test_other_settings_run(setting, tmp_path, monkeypatch, capsys):
     teachers = [line["seed"] for line in found if line["row"] == "teacher"]
     assert teachers == ([0, 1] if setting == "scans" else [0])
     assert [line["row"] for line in found if line["seed"] == 1][-2:] == ["alone", "fad-two"]
-    said = {"parts": "mean IoU", "scans": "Each seed has another split, 1 clouds of a class"}
+    said = {
+        "parts": "mean IoU",
+        "scans": "Each seed has another split: half of the clouds are the test",
+    }
     assert said[setting] in capsys.readouterr().out
 
 

@@ -68,7 +68,7 @@ SETTINGS = {
         "pointnet", 60, 64, 6, ("alone", "fad-two", "squared-two", "kd"),
         teacher=HERE / "teachers" / "pointnet.pt", views=12,
     ),
-    # Real scans of few objects, of which few have labels.
+    # Real scans of few objects, of which students have few.
     "scans": Setting(
         "pointnet", 200, 32, 6, ("alone", "fad-two", "squared-two", "kd"),
         teacher_epochs=100, views=20, labels=20,
@@ -158,8 +158,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int)
     add("--views", type=int, help="of every cloud, recorded, and seen by all students in turn; 0: "
         "no two epochs have the same clouds")  # fmt: skip
-    add("--labels", type=int, help="train on so many clouds of every class, other ones for every "
-        "seed, and test on the others; 0: as the data says")  # fmt: skip
+    add("--labels", type=int, help="train students on so many clouds of every class, their teacher "
+        "on half of all, and test on the other half, other halves for every seed; 0: as the data "
+        "says")  # fmt: skip
     add("--learning-rate", type=float, help="of the students (0.006)")
     add("--teacher-learning-rate", type=float, default=1e-3, help="(0.001)")
     add("--compress", type=float, default=40.0, help="how many times fewer parameters (40)")

@@ -167,7 +167,10 @@ def report(lines: list[Line]) -> str:
         if views:
             described += f" All learn from the same {views} views of every cloud."
         if labels:
-            described += f" Each seed has another split, {labels} clouds of a class for training."
+            described += (
+                f" Each seed has another split: half of the clouds are the test, and of those of "
+                f"its teacher a student sees {labels} of a class."
+            )
         if first["arch"] == "segmenter":
             described += " The score is the mean IoU of the parts."
         several = len({line["data"] for line in lines if line["setting"] == setting}) > 1

@@ -50,8 +50,9 @@ class Plan:
         state: where checkpoints of runs are.
         views: of every cloud, recorded with what the teacher makes of them, for all students;
             none if every student is to see clouds of its own.
-        labels: of every class, so many clouds are for training and the others for the test, other
-            ones for every seed; 0: as the data says.
+        labels: students are trained on so many clouds of every class, of the half that the teacher
+            is trained on, and the other half is the test, other halves for every seed; 0: as the
+            data says, and all on the same.
     """
 
     setting: str
@@ -110,14 +111,16 @@ def build(arch: str, classes: int, width: float = 1.0) -> Network:
     return make(classes, width)
 
 
-def few(train: Clouds, test: Clouds, labels: int, seed: int) -> tuple[Clouds, Clouds]:
-    """All clouds anew: so many of each class for training, the others for the test."""
+def few(train: Clouds, test: Clouds, labels: int, seed: int) -> tuple[Clouds, Clouds, Clouds]:
+    """All clouds anew: the teacher's half, so many of each of its classes, and the test's half."""
     both = Clouds(torch.cat([train.points, test.points]), torch.cat([train.labels, test.labels]))
     order = torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))
     both = both.select(order.to(both.labels.device))
-    kinds = torch.nn.functional.one_hot(both.labels)
+    half = len(both) // 2
+    taught, test = both.select(slice(half)), both.select(slice(half, None))
+    kinds = torch.nn.functional.one_hot(taught.labels)
     chosen = ((kinds.cumsum(0) <= labels) & (kinds == 1)).any(1)
-    return both.select(chosen), both.select(~chosen)
+    return taught, taught.select(chosen), test
 
 
 class Bench:
@@ -135,13 +138,13 @@ class Bench:
         plan, (train, test) = self.plan, self.clouds
         if self.seed is not None and (seed == self.seed or not plan.labels):
             return
+        taught = train
         if plan.labels:
-            train, test = few(train, test, plan.labels, seed)
-        self.seed, self.train = seed, train
+            taught, train, test = few(train, test, plan.labels, seed)
+        self.seed, self.taught, self.train = seed, taught, train
         self.tests = parts(test, plan.points, sampled=plan.sampled)
         # What is scored after every epoch is the first part; of many clouds for few, some.
-        seen = self.tests[0].select(slice(len(train))) if plan.labels else self.tests[0]
-        self.data = Dataset(self.name, train, seen, self.classes)
+        self.seen = self.tests[0].select(slice(len(train))) if plan.labels else self.tests[0]
 
     def network(self, seed: int, width: float = 1.0, *, teacher: bool) -> Network:
         """A fresh one; its weights are drawn on the CPU, the same for every device."""
@@ -153,11 +156,17 @@ class Bench:
         return made.to(self.device)
 
     def fit(
-        self, network: Network, objective: Supervised, run: Run, views: Views | None = None
+        self,
+        network: Network,
+        objective: Supervised,
+        run: Run,
+        train: Clouds,
+        views: Views | None = None,
     ) -> None:
         """Train, from wherever the run stands, on the `views` or on clouds of its own."""
-        epochs = views or Epochs(self.train, run.settings, sampled=self.plan.sampled)
-        fit(network, objective, self.data, run, Quiet(), epochs)
+        data = Dataset(self.name, train, self.seen, self.classes)
+        epochs = views or Epochs(train, run.settings, sampled=self.plan.sampled)
+        fit(network, objective, data, run, Quiet(), epochs)
 
     def views(self) -> Views | None:
         """What all students see, recorded by the first process that asks for it."""
@@ -197,7 +206,7 @@ class Bench:
             settings = self.settings(plan.teacher_epochs, plan.teacher_learning_rate, seed)
             description = {"arch": plan.arch, "width": 1.0, "classes": len(self.classes)}
             run = Run(plan.folder("teacher", seed), "teacher", description, settings)
-            self.fit(network, Supervised(network), run)
+            self.fit(network, Supervised(network), run, self.taught)
             history = run.history
             content = {"description": description, "settings": asdict(settings)}
             save(path, {**content, "history": history, "network": network.state_dict()})
@@ -228,12 +237,12 @@ class Bench:
         description = {"row": row, "arch": plan.arch, "width": width, "data": plan.data}
         description |= {"classes": len(self.classes), "views": plan.views, "commit": plan.commit}
         run = Run(plan.folder(row, seed), "student", description, settings)
-        self.fit(student, objective, run, views)
+        self.fit(student, objective, run, self.train, views)
         return self.line(row, seed, student, run.history)
 
     def line(self, row: str, seed: int, network: Network, history: list[Record]) -> Line:
         """What is known of a finished run."""
-        plan = self.plan
+        plan, trained = self.plan, self.taught if row == "teacher" else self.train
         # Of a cloud's parts in the mean: less noise than one of them, from the same students.
         if plan.arch == "segmenter":
             scores = [mean_iou(network, part) for part in self.tests]
@@ -259,7 +268,7 @@ class Bench:
             "arch": plan.arch,
             "data": plan.data,
             "dataset": self.name,
-            "clouds": [len(self.train), len(self.tests[0])],
+            "clouds": [len(trained), len(self.tests[0])],
             "device": torch.cuda.get_device_name() if cuda else platform.machine(),
             "backend": plan.backend,
             "torch": torch.__version__,
