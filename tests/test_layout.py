@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "fad_loss"
 # From the ground up. A module imports from its own floor and those below it.
 FLOORS = [
-    ("_errors", "_checks", "_ragged"),
+    ("_errors", "_checks", "_ragged", "_snapshot"),
     ("ops",),
     ("_points", "_game", "_paths", "_state", "ragged", "correspondence", "standardize"),
     ("distances", "metrics", "objectives", "penalties", "discriminators"),

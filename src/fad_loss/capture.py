@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import TracebackType
@@ -43,6 +43,8 @@ class _Recording:
     calls: str = "last"
     clone: bool = False
     alive: bool = True
+    # What the rest of the model sees in place of a layer's output, where copies are recorded.
+    beside: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     made: dict[str, tuple[_Call, ...]] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,9 +133,9 @@ class _Record(_Hook):
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
         if not self.recording.watching:
-            return
+            return None
         if getattr(module, "_is_replica", False):
             message = (
                 f"{self.path!r}: torch.nn.DataParallel runs a copy of it on each GPU, with a part "
@@ -148,6 +150,11 @@ class _Record(_Hook):
         for name in self.elements:
             value = element(self.path, value, name)
         self.recording.keep(self.path, value)
+        beside = self.recording.beside.get(self.path)
+        copied = self.recording.clone or torch.compiler.is_dynamo_compiling()
+        if beside is None or not copied or not module.training:
+            return None
+        return tree_map_only(Tensor, lambda t: beside(t) if t is value else t, output)
 
 
 def _loses_its_graph(value: Any) -> bool:

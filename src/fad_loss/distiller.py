@@ -153,7 +153,7 @@ class Distiller(nn.Module):
         given = options.pop("discriminator", None)
         if options.get("weight") is None:
             options.setdefault("balance", "auto")
-        self.student = student
+        self.student, self.losses = student, nn.ModuleDict()
         # In a tuple, so that it is no submodule: see the class.
         self._teacher = (teacher,)
         self._calls, self._clone = choose("calls", calls, _CALLS), switch("clone", clone)
@@ -173,7 +173,7 @@ class Distiller(nn.Module):
         larger = self._try_at(one_more_point(example) if layout is None else None)
         others, order = shuffled(example)
         again = self._try_at(others)
-        pairs, self.losses = [], nn.ModuleDict()
+        pairs = []
         for pair, (mine, its), more, new in zip(self._pairs, seen, larger, again, strict=True):
             layouts = _both_layouts(layout)
             if layout is None and pair.student in beside:
@@ -262,7 +262,8 @@ class Distiller(nn.Module):
         Returns:
             What the student returned, and the sum of the losses, a scalar.
         """
-        if not torch.compiler.is_compiling() and self._layers_were_replaced():
+        both = self._of_student, self._of_teacher
+        if not torch.compiler.is_compiling() and any(one.replaced for one in both):
             self._capture()
         output = self.student(points)
         with torch.no_grad():
@@ -332,9 +333,9 @@ class Distiller(nn.Module):
             capture_features(network, paths, calls=self._calls, clone=self._clone)
             for network, paths in ((self.student, mine), (self.teacher, its))
         )
-
-    def _layers_were_replaced(self) -> bool:
-        return bool(self._of_student.replaced or self._of_teacher.replaced)
+        for pair in self._pairs if self.losses else ():
+            if (balance := self._loss(pair).balance) is not None:
+                self._of_student._recording.beside[pair.student] = balance.attach()
 
     def _forget(self) -> None:
         """Let go of the features, and with them of the graph."""

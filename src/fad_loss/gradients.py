@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fad_loss._ragged import is_ragged, pack, source
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["GradientBalance", "weigh_gradient"]
 
@@ -52,6 +57,24 @@ def part_of_weight(steps: Tensor, warmup_steps: int, total_steps: int | None) ->
     return part
 
 
+class _Measured(torch.autograd.Function):
+    """A copy, which adds the norm of its gradient, over `weight`, to an element of that of `norms`.
+
+    What a hook does elsewhere, for compiled graphs, whose backward pass has none, and for copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, norms: Tensor, place: int, weight: Tensor) -> Tensor:
+        ctx.place, ctx.dtype = place, norms.dtype
+        ctx.save_for_backward(weight)
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        norm = (_norm(gradient) / ctx.saved_tensors[0]).to(ctx.dtype).reshape(1)
+        return gradient, F.pad(norm, (ctx.place, 1 - ctx.place)), None, None
+
+
 class GradientBalance(nn.Module):
     r"""The factor that makes two gradients at the same features equally large.
 
@@ -73,12 +96,17 @@ class GradientBalance(nn.Module):
     are averaged, so that all use the same factor: once in every training step, and never by the
     loss in evaluation or under `no_grad`, where one rank may be alone.
 
+    In compiled graphs, whose backward pass has no hooks, and where the term sees a copy of what a
+    layer returns, the layer's output has to go through `beside` on its way to the other losses; a
+    `Distiller` sees to that. What else the layer itself makes of it does not count there, and norms
+    of several passes, and of several calls of the layer in one, are added.
+
     Args:
-        otherwise: the factor as long as nothing was measured, and in compiled graphs, whose
-            backward pass has no hooks. None: 1, and compiled graphs are refused.
+        otherwise: the factor as long as nothing was measured, and in compiled graphs in which
+            nobody calls `beside`. None: 1, and such graphs are refused.
 
     Raises:
-        RuntimeError: in a compiled graph, without `otherwise`.
+        RuntimeError: in a compiled graph, if nobody calls `beside`, without `otherwise`.
 
     Source: balancing by gradient norms is from Chen et al., "GradNorm", ICML 2018, and by the last
     layer's gradients, as here, from Esser et al., "Taming transformers", CVPR 2021.
@@ -110,11 +138,18 @@ class GradientBalance(nn.Module):
         self.register_buffer("pending", torch.zeros(2))
         self._handles: list[Any] = []
         self._counted = False
+        self._attached = False
+        self._tie()
+
+    def _tie(self) -> None:
+        """Let `pending` be where autograd adds what compiled backward passes measure."""
+        self._norms = torch.zeros_like(self.pending).requires_grad_()
+        self._norms.grad = self.pending
 
     def factor(self, *, count: bool = True) -> Tensor:
         """What to multiply the term by; `count` what the latest backward passes have shown."""
         before = torch.full_like(self.task, 1.0 if self.otherwise is None else self.otherwise)
-        if self.otherwise is not None and torch.compiler.is_compiling():
+        if self.otherwise is not None and torch.compiler.is_compiling() and not self._attached:
             return before
         if count:
             self._count()
@@ -130,7 +165,9 @@ class GradientBalance(nn.Module):
             weight: what the term's gradient is multiplied by this time, the factor included.
         """
         if torch.compiler.is_compiling():
-            if self.otherwise is not None:
+            if self._attached and features.requires_grad and not is_ragged(features):
+                return self._with_norm(features, 1, weight.detach())
+            if self._attached or self.otherwise is not None:
                 return features
             message = (
                 "balance: the gradients cannot be measured inside torch.compile(fullgraph=True), "
@@ -182,6 +219,22 @@ class GradientBalance(nn.Module):
         ]
         return own
 
+    def attach(self) -> Callable[[Tensor], Tensor]:
+        """`beside`, for somebody who calls it wherever the layer is compiled, or copied."""
+        self._attached = True
+        return self.beside
+
+    def beside(self, output: Tensor) -> Tensor:
+        """A layer's output as all but the term are to see it, if the term sees a copy."""
+        if not (self.training and output.requires_grad) or is_ragged(output):
+            return output
+        return self._with_norm(output, 0, torch.ones_like(self.task))
+
+    def _with_norm(self, values: Tensor, place: int, weight: Tensor) -> Tensor:
+        """A copy of the values, whose gradient's norm comes to that place in `pending`."""
+        copy: Tensor = _Measured.apply(values, self._norms, place, weight)  # type: ignore[no-untyped-call]
+        return copy
+
     def _see(self, task: Tensor, own: Tensor | None = None) -> None:
         """Keep the norms of what a backward pass has brought, unless they are 0."""
         norms = [_norm(task), task.new_zeros(()) if own is None else _norm(own)]
@@ -191,12 +244,13 @@ class GradientBalance(nn.Module):
     @torch.no_grad()
     def _count(self) -> None:
         """Count what the backward passes since the last call have shown."""
-        if self._counted:
-            return
-        self._counted = True
-        for handle in self._handles:
-            handle.remove()  # a leaf would keep it
-        self._handles = []
+        if not torch.compiler.is_compiling():
+            if self._counted:
+                return
+            self._counted = True
+            for handle in self._handles:
+                handle.remove()  # a leaf would keep it
+            self._handles = []
         usable = (torch.isfinite(self.pending) & (self.pending > 0)).all()
         seen = torch.cat([self.pending, usable.to(self.pending).reshape(1)])
         seen = torch.where(usable, seen, 0.0)
@@ -213,10 +267,20 @@ class GradientBalance(nn.Module):
         """What was pending when it was saved is to be counted."""
         super()._load_from_state_dict(*args)
         self._counted = False
+        self._tie()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tie()
+        return self
 
     def __getstate__(self) -> dict[str, object]:
         """A copy watches no backward pass of the original."""
-        return {**self.__dict__, "_handles": []}
+        return {k: v for k, v in self.__dict__.items() if k != "_norms"} | {"_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tie()
 
 
 def _backward_pass() -> int:

@@ -16,6 +16,7 @@ from fad_loss._fingerprints import converted, fingerprints, untrained
 from fad_loss._game import Game, Side
 from fad_loss._points import LAYOUTS
 from fad_loss._ragged import cloud_mean, flat
+from fad_loss._snapshot import snapshot
 from fad_loss._state import VERSION, Record, WideBuffers, refuse_other_versions, separability
 from fad_loss.discriminators import Scores
 from fad_loss.discriminators.base import held_still
@@ -75,9 +76,10 @@ class FeatureAdversarialLoss(WideBuffers):
             times as strongly as all other losses do (see `fad_loss.gradients.GradientBalance`),
             where otherwise that depends on the network and the task. The gradients' norms are
             measured in every backward pass, for the next step. Scaling the result, as in
-            ``0.1 * fad(...)``, then has no effect; and ``torch.compile`` needs graph breaks.
-            "auto" is the same where there is something to measure, and the discriminator's
-            `default_weight` where there is not: in compiled graphs, and without another loss.
+            ``0.1 * fad(...)``, then has no effect; and ``torch.compile`` needs graph breaks, or a
+            `Distiller`. "auto" is the same where there is something to measure, and the
+            discriminator's `default_weight` where there is not: where the loss is compiled by
+            itself, and without another loss.
         adapter: "linear" (a linear layer from the student's channels to the teacher's), "identity",
             or a module that maps `(..., student_channels)` to `(..., teacher_channels)`.
         normalize: standardise each side by running statistics of its own, channel by channel, so
@@ -303,7 +305,9 @@ class FeatureAdversarialLoss(WideBuffers):
         wide = isinstance(student, Tensor) and student.dtype == torch.float64
         steps = self.steps.to(torch.float64 if wide else torch.float32)
         weight = self.weight * part_of_weight(steps, self.warmup_steps, self.total_steps)
-        return weight if self.balance is None else weight * self.balance.factor(count=watched)
+        if self.balance is not None:
+            weight = weight * self.balance.factor(count=watched)
+        return snapshot(weight)
 
     def _student_term(self, game: Game) -> tuple[Tensor, Scores | None]:
         """The student against a discriminator that stands still; both scores, if known."""
@@ -319,8 +323,7 @@ class FeatureAdversarialLoss(WideBuffers):
         if self._updating:
             if not torch.compiler.is_compiling():
                 self._advice.on_scores(flat(scores))
-            # Not in place: a compiled backward may compute the weight again, from what it was here.
-            self.steps = self.steps + 1
+            self.steps.add_(1)
         self._log(student_loss=loss, fake_score=cloud_mean(scores, game.student.mask).mean())
         return loss, known
 
@@ -346,12 +349,12 @@ class FeatureAdversarialLoss(WideBuffers):
             loss = loss + self.gradient_penalty * self.penalty_every * penalty
             self._log(penalty=penalty)
         if self.lecam:
-            averages = self.average_scores
+            averages = snapshot(self.average_scores)
             loss = loss + self.lecam * lecam_penalty(real, fake, averages[0], averages[1], **masks)
             if self._updating:
                 latest = means.to(averages.dtype)
                 latest = torch.where(torch.isfinite(latest).all(), latest, averages)
-                averages.lerp_(latest, 1 - _DECAY)
+                self.average_scores.lerp_(latest, 1 - _DECAY)
         return loss
 
     def _ask(self, game: Game, side: Side | None = None) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fad_loss._points import Points
+from fad_loss._snapshot import snapshot
 from fad_loss._state import WideBuffers
 
 __all__ = ["Standardize"]
@@ -84,7 +85,7 @@ class Standardize(WideBuffers):
     def forward(self, points: Points) -> Points:
         """The points with features in units of their spread."""
         dtype = points.features.dtype
-        center, unit = self.mean.to(dtype), self.unit().to(dtype)
+        center, unit = snapshot(torch.stack([self.mean, self.unit()])).to(dtype).unbind()
         if not (self.training and points.features.requires_grad and torch.is_grad_enabled()):
             # The mean goes first: (x - mean) keeps digits that x * scale - mean * scale has lost.
             return points.map(lambda values: (values - center) / unit).filled()

@@ -16,7 +16,7 @@ from .networks import DGCNN, PointNet2, Tuples, clouds
 
 WHOLE = states.StateDictOptions(full_state_dict=True)
 # Each with what makes half a batch, twice, the whole: no statistics of the batch.
-OPTIONS = {"normalize": False, "max_points": None, "weight": 0.5}
+OPTIONS = {"normalize": False, "max_points": None, "weight": 0.5, "warmup_steps": 2}
 NETWORKS = {
     "DGCNN": (lambda width: DGCNN(width, norm=False), {"conv5": "conv5"}),
     "PointNet++": (PointNet2, {"sa1[1]": "sa1[1]", "sa2[1]": "sa2[1]"}),
@@ -24,12 +24,12 @@ NETWORKS = {
 }
 
 
-def build(name: str) -> Distiller:
+def build(name: str, **more) -> Distiller:
     make, layers = NETWORKS[name]
     torch.manual_seed(3)
     student, teacher = make(4), make(8)
     layout = "bnc" if name == "tuples" else "bcn"
-    return Distiller(student, teacher, layers, example=clouds(), layout=layout, **OPTIONS)
+    return Distiller(student, teacher, layers, example=clouds(), layout=layout, **OPTIONS, **more)
 
 
 def train(model: nn.Module, points: Tensor) -> float:
@@ -69,5 +69,11 @@ def work(rank: int, folder: str) -> None:
         results[name, "FSDP2"] = {
             key: parameter.full_tensor() for key, parameter in distiller.named_parameters()
         }
+    for way in ("eager", "compiled"):
+        distiller = build("DGCNN", balance=True)
+        if way == "compiled":
+            distiller.compile(backend="aot_eager", fullgraph=True)
+        train(DistributedDataParallel(distiller), points)
+        results["share", way] = distiller.state_dict()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

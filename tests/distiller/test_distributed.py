@@ -28,3 +28,12 @@ def test_the_same_numbers_as_from_one_process(results, network, way):
     for result in results:
         got = {key: value.detach() for key, value in result[network, way].items()}
         torch.testing.assert_close(got, wanted)
+
+
+def test_compiled_processes_agree_on_the_share(results):
+    states = [result["share", way] for result in results for way in ("eager", "compiled")]
+    # What the last backward has shown is not yet counted, and each rank's own.
+    states = [{k: v for k, v in state.items() if "pending" not in k} for state in states]
+    assert int(states[0]["losses.conv5:conv5.balance.measured"]) == 2
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from fad_loss import FeatureAdversarialLoss, ragged
+from fad_loss import Distiller, FeatureAdversarialLoss, ragged
 from fad_loss.gradients import GradientBalance
 
 
@@ -378,3 +379,39 @@ def test_says_once_that_nothing_else_arrives():
         train(15)
     assert len([w for w in said if "balance" in str(w.message)]) == 1
     assert int(fad.balance.measured) == 0
+
+
+def reloaded(distiller):
+    state = copy.deepcopy(distiller.state_dict())
+    distiller.load_state_dict(state, assign=True)
+    return distiller
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d)), reloaded, lambda d: d.float()],
+    ids=["copied", "pickled", "reloaded", "converted"],
+)
+def test_where_copies_are_compared_the_share_is_the_same(again):
+    torch.manual_seed(0)
+    points = torch.randn(5, 12, 3)
+    students = [
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=changed), nn.Linear(4, 2))
+        for changed in (True, False)
+    ]
+    students[1].load_state_dict(students[0].state_dict())
+    distillers = []
+    for student, clone in zip(students, (True, False), strict=True):
+        torch.manual_seed(1)
+        teacher = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+        made = Distiller(student, teacher, {"0": "0"}, example=points, clone=clone)
+        distillers.append(again(made.double()).float())
+    for _ in range(3):
+        for distiller in distillers:
+            output, loss = distiller(points)
+            (loss + output.square().mean()).backward()
+    for distiller in distillers:
+        assert distiller.losses["0:0"].balance.measured == 2
+    torch.testing.assert_close(*(one.statistics() for one in distillers))
+    grads = [[p.grad for p in one.parameters()] for one in distillers]
+    torch.testing.assert_close(*grads)

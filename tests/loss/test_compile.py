@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -71,12 +72,20 @@ def test_in_one_graph_with_a_gradient_penalty_and_lecam():
     compare(make("point", gradient_penalty=0.2, lecam=0.1), "N == M")
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [("teacher", {"warmup_steps": 5}), ("point conditioned", {"lecam": 0.1})],
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # on importing inductor
-# PyTorch's own partitioner imports modules that script methods.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_in_one_graph_with_the_partitioner_of_inductor():
-    # It computes again in the backward what is cheap: from buffers that must not have changed.
-    compare(make("teacher", warmup_steps=5), "N == M", backend="aot_eager_decomp_partition")
+@pytest.mark.filterwarnings("ignore:.*_prims_common.check:FutureWarning")
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a compiler for C++")
+def test_inductor_computes_nothing_again_from_buffers_that_have_changed(name, options):
+    compare(make(name, **options), "N == M", backend="inductor")
+
+
+def test_the_operator_that_keeps_what_buffers_hold():
+    torch.library.opcheck(torch.ops.fad_loss.snapshot.default, (torch.randn(2, 3),))
 
 
 def test_no_recompilation_for_clouds_of_other_sizes():

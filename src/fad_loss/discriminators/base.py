@@ -13,6 +13,7 @@ from torch.func import functional_call
 from fad_loss._checks import look
 from fad_loss._errors import expected
 from fad_loss._game import Game, Side
+from fad_loss._snapshot import snapshot
 
 __all__ = ["Discriminator", "Scores", "as_discriminator"]
 
@@ -153,7 +154,8 @@ def held_still(discriminator: Discriminator, game: Game, side: Side | None = Non
     nothing learns.
     """
     state = {name: p.detach() for name, p in discriminator.named_parameters()}
-    state.update((name, b.clone()) for name, b in discriminator.named_buffers())
+    for name, b in discriminator.named_buffers():
+        state[name] = snapshot(b.clone()) if discriminator.learns else b.clone()
     return functional_call(discriminator, state, (game, side))
 
 

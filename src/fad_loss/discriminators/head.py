@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fad_loss._errors import choose, describe, expected
 from fad_loss._game import Game, Side
 from fad_loss._points import Points
+from fad_loss._snapshot import snapshot
 from fad_loss.discriminators.base import (
     Discriminator,
     Scores,
@@ -324,7 +325,8 @@ class _LevelUnits(Standardize):
         latest = unit_of(*moments(points))
         if not self.mean.numel():
             return latest
-        return torch.where(self.batches > 0, self.unit().to(latest.dtype), latest)
+        known, unit = snapshot(self.batches) > 0, snapshot(self.unit())
+        return torch.where(known, unit.to(latest.dtype), latest)
 
     def observe(self, points: Points) -> None:
         """Follow the variance of the channels."""

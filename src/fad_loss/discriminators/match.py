@@ -12,6 +12,7 @@ from fad_loss import ops
 from fad_loss._errors import choose, describe
 from fad_loss._game import Game, Side
 from fad_loss._points import Points
+from fad_loss._snapshot import snapshot
 from fad_loss.discriminators.base import Discriminator
 from fad_loss.discriminators.learned.layers import check_channels, check_width, pooled
 
@@ -135,7 +136,7 @@ class MatchDiscriminator(Discriminator):
         itself = torch.eye(known.batch, dtype=torch.bool, device=known.features.device)
         place = torch.arange(self.queue, device=known.features.device)
         # The rest of the queue is still empty.
-        past = (place < self.filled).expand(known.batch, -1)
+        past = (place < snapshot(self.filled)).expand(known.batch, -1)
         return torch.cat([itself | (known.lengths() > 0), past], -1)
 
     @torch.no_grad()
@@ -176,7 +177,7 @@ class MatchDiscriminator(Discriminator):
         own, here = own - center, here - center
         # Twice the variance: the mean squared distance between two of the teacher's clouds.
         unit = 2 * _mean_cloud(here.square(), known).sum()
-        others = torch.cat([here, self.past - center]) if self.queue else here
+        others = torch.cat([here, snapshot(self.past) - center]) if self.queue else here
         distance = own.square().sum(-1, keepdim=True) + others.square().sum(-1)
         distance = (distance - 2 * own @ others.mT).clamp_min(0)
         return distance / torch.where(unit > 0, unit, 1.0)
