@@ -581,6 +581,8 @@ def test_layers_that_were_replaced_since(x):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_exporting_while_a_capture_is_alive(model, x, strict, fresh_compiler):
+    if strict and torch.__version__ < "2.7":
+        pytest.skip("PyTorch 2.6 exports no module with such hooks strictly")
     with capture_features(model, ["encoder.conv5", "head"]) as features:
         program = torch.export.export(model, (x,), strict=strict)
         assert list(features) == []

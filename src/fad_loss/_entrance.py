@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -225,7 +224,7 @@ def without_small_clouds(game: Game, discriminator: Discriminator) -> tuple[Game
             points.only(points.spread(enough).expand(points.features.shape[:-1]))
             for points in (student, teacher)
         )
-    return replace(game, student=student, teacher=teacher), (~enough).sum()
+    return Game(student, teacher, game.labels), (~enough).sum()
 
 
 def draw(game: Game, most: int, discriminator: Discriminator) -> Game:
@@ -233,7 +232,7 @@ def draw(game: Game, most: int, discriminator: Discriminator) -> Game:
     student, teacher = game.student, game.teacher
     dense = not (student.uneven or teacher.uneven)
     sizes = student.features.shape[1], teacher.features.shape[1]
-    if dense and max(sizes) <= most:
+    if dense and all(size <= most for size in sizes):
         return game
     chance = torch.rand(
         (student.batch, most + 1), dtype=torch.float64, device=student.features.device
@@ -273,7 +272,7 @@ def correspond(game: Game, discriminator: Discriminator) -> Game:
     )
     # From here on the points are the same, and so are their positions.
     matched = Points(features, None, student.mask)
-    return replace(game, student=replace(student, positions=None), teacher=matched)
+    return Game(student.without_positions(), matched, game.labels)
 
 
 def check_points(game: Game) -> None:
@@ -303,9 +302,9 @@ def in_units(loss: FeatureAdversarialLoss, fake: Points, real: Points) -> tuple[
 
 def adapt(adapter: nn.Module, values: Tensor, channels: int) -> Tensor:
     """The student's features in the teacher's channels."""
-    first = next(adapter.parameters(), None)
+    parameters = list(adapter.parameters())
     # Half-precision features meet a float32 adapter outside autocast too.
-    adapted: Tensor = adapter(values if first is None else values.to(first.dtype))
+    adapted: Tensor = adapter(values.to(parameters[0].dtype) if parameters else values)
     if adapted.shape != (*values.shape[:-1], channels):
         message = (
             f"adapter: expected it to map channels-last features to the teacher's {channels} "
@@ -322,8 +321,9 @@ def check_scores(
     discriminator: Discriminator, game: Game, scores: Scores | dict[Side, Tensor]
 ) -> None:
     """Refuse what is not one finite score per point or per cloud."""
-    of_sides: dict[Any, Tensor] = scores._asdict() if isinstance(scores, Scores) else scores
-    for side, one in of_sides.items():
+    if isinstance(scores, Scores):
+        scores = {"student": scores.student, "teacher": scores.teacher}
+    for side, one in scores.items():
         points, fits = game.points(side), False
         if isinstance(one, Tensor):
             rows = points.features.shape[:-1]

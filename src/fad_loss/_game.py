@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -81,12 +81,12 @@ class Game:
     def with_features(self, side: Side, features: Tensor) -> Game:
         """The same game with other features of one side's points."""
         if side == "student":
-            return replace(self, student=self.student.with_features(features))
-        return replace(self, teacher=self.teacher.with_features(features))
+            return Game(self.student.with_features(features), self.teacher, self.labels)
+        return Game(self.student, self.teacher.with_features(features), self.labels)
 
     def filled(self) -> Game:
         """The same game, with features of 0 where points do not count."""
-        return replace(self, student=self.student.filled(), teacher=self.teacher.filled())
+        return Game(self.student.filled(), self.teacher.filled(), self.labels)
 
     def masks(self, scores: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         """Which points count on either side, as the keyword of an objective; {} if all do."""
@@ -99,7 +99,7 @@ class Game:
 
     def still(self) -> Game:
         """The same game, in which no gradient reaches the student's features."""
-        return replace(self, student=self.student.detach())
+        return Game(self.student.detach(), self.teacher, self.labels)
 
 
 def both_sides(

@@ -92,7 +92,8 @@ def element(path: str, value: Any, name: str) -> Any:
         there = {str(key): element for key, element in value.items()}
     elif isinstance(value, (tuple, list)):
         there = {str(index): element for index, element in enumerate(value)}
-        there |= {key: getattr(value, key) for key in getattr(value, "_fields", ())}
+        if type(value) not in (tuple, list):
+            there.update(zip(getattr(type(value), "_fields", ()), value, strict=False))
     if name not in there:
         elements = ", ".join(f"[{key}]" for key in there) or "no elements"
         message = f"{path!r}: {type(value).__name__} has {elements}, not [{name}]"

@@ -7,7 +7,7 @@ unequal size, packed one after the other, with offsets; and where the points lie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -190,7 +190,14 @@ class Points:
 
     def with_features(self, features: Tensor) -> Points:
         """The same points with other features."""
-        return replace(self, features=features)
+        # PyTorch 2.6 cannot compile dataclasses.replace.
+        return Points(
+            features, self.offsets, self.mask, self.positions, self.bounds, self.is_global
+        )
+
+    def without_positions(self) -> Points:
+        """The same points, of which nobody knows where they lie."""
+        return Points(self.features, self.offsets, self.mask, None, self.bounds, self.is_global)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Points:
         """The same points with a function of each one's features."""
@@ -209,7 +216,7 @@ class Points:
         if self.offsets is None:
             mask = mask if self.mask is None else mask & self.mask
             features = torch.where(mask.unsqueeze(-1), self.features, 0)
-            return replace(self, features=features, mask=mask)
+            return Points(features, None, mask, self.positions, self.bounds, self.is_global)
         ends = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
         positions = None if self.positions is None else self.positions[mask]
         return Points(self.features[mask], ends[self.offsets], positions=positions)

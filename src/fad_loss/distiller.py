@@ -47,10 +47,10 @@ class _Pair(NamedTuple):
     layouts: tuple[str, str] = ("", "")
     found: bool = False  # whether nobody named the positions
 
-    @property
-    def key(self) -> str:
-        """The name of the loss; dots are not allowed there, and methods of ModuleDict are taken."""
-        return f"{self.student}:{self.teacher}".replace(".", "/")
+
+def _key(pair: _Pair) -> str:
+    """The name of the loss; dots are not allowed there, and methods of ModuleDict are taken."""
+    return f"{pair.student}:{pair.teacher}".replace(".", "/")
 
 
 class Distiller(nn.Module):
@@ -198,7 +198,7 @@ class Distiller(nn.Module):
                 corresponds = follow or needed is not None or "global" in found
                 own = "paired" if corresponds else "teacher"
             sizes = channels(mine, found[0]), channels(its, found[1])
-            self.losses[pair.key] = _make_loss(pair, own, sizes, options, mine)
+            self.losses[_key(pair)] = _make_loss(pair, own, sizes, options, mine)
         self._pairs = tuple(pairs)
         self._capture()  # without the positions that are not needed
         teacher.eval()
@@ -288,7 +288,7 @@ class Distiller(nn.Module):
         }
 
     def _loss(self, pair: _Pair) -> FeatureAdversarialLoss:
-        return cast("FeatureAdversarialLoss", self.losses[pair.key])
+        return cast("FeatureAdversarialLoss", self.losses[_key(pair)])
 
     def _uses_positions(self, pair: _Pair) -> bool:
         several = (pair.positions is None or pair.found) and "global" not in pair.layouts

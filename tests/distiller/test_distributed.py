@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from .distributed_worker import NETWORKS, build, train, work
+from .distributed_worker import NETWORKS, WAYS, build, train, work
 from .networks import clouds
 
 
@@ -17,7 +17,7 @@ def results(tmp_path_factory):
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_same_numbers_as_from_one_process(results, network, way):
     distiller = build(network)

@@ -163,7 +163,8 @@ def test_compiled_with_graph_breaks_but_not_without():
     assert float(fad.balance.factor()) != 1
     assert int(fad.balance.measured) == 1
     torch.compiler.reset()
-    with pytest.raises(Exception, match="leave the loss outside"):
+    # PyTorch 2.6 does not say what was raised.
+    with pytest.raises(Exception, match=r"leave the loss outside|Observed exception"):
         torch.compile(step, backend="aot_eager", fullgraph=True)(points, teacher)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -177,11 +176,9 @@ class TeacherDiscriminator(Discriminator):
             raise ValueError(message)
         asked = self._in_units(game)
         if self.embedding is None:
-            return asked, replace(
-                asked, student=asked.student.detach(), teacher=asked.teacher.detach()
-            )
+            return asked, Game(asked.student.detach(), asked.teacher.detach(), asked.labels)
         # The embedding learns from the sets too; what they are embedded from stands still.
-        still = replace(game, student=game.student.detach(), teacher=game.teacher.detach())
+        still = Game(game.student.detach(), game.teacher.detach(), game.labels)
         leaf = game.student.features.requires_grad or game.teacher.features.requires_grad
         return asked, self._in_units(still) if leaf else asked
 
@@ -204,7 +201,7 @@ class TeacherDiscriminator(Discriminator):
                 )
                 for points, place in zip(both, (place, there), strict=True)
             )
-        return replace(game, student=both[0], teacher=both[1])
+        return Game(both[0], both[1], game.labels)
 
     def _score(self, z: Points, sets: Game) -> Tensor:
         """Of the points z, between the sets of the teacher and the student."""

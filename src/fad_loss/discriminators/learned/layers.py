@@ -39,7 +39,9 @@ def _weight(module: nn.Linear | nn.Embedding, x: Tensor) -> Tensor:
     # The power iteration of the spectral norm mixes matrix-vector products, which autocast would
     # do in half precision, with dot products against float32 vectors.
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # PyTorch 2.6 cannot compile the first question.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return module.weight
     return module.weight
