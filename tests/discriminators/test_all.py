@@ -201,6 +201,7 @@ def test_compiles_without_a_break(name):
 
 # Dynamo instantiates autograd functions, and warns itself that one should not.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 fails at nested tensors")
 def test_ragged_clouds_compile_without_a_break():
     torch.compiler.reset()
     discriminator = build("neighborhood, everything").eval()
