@@ -43,8 +43,8 @@ def test_a_call_goes_on_where_another_one_was_stopped(tmp_path, monkeypatch, cap
     first = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "3 runs to do, on cpu\n"
     assert first.stdout.readline().startswith("sampled teacher seed 0: ")
-    begun = state / "unfinished" / "sampled-alone-0"
-    while not list(begun.glob("student-*.jsonl")):
+    begun = state / "unfinished"
+    while not list(begun.glob(f"sampled-alone-0-{EPOCHS}-*/student-*.jsonl")):
         assert first.poll() is None
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
@@ -57,7 +57,7 @@ def test_a_call_goes_on_where_another_one_was_stopped(tmp_path, monkeypatch, cap
     # whether a run went on from there.
     shutil.rmtree(state)
     paired.unpack(output / "unfinished.zip", state / "unfinished")
-    (checkpoint,) = begun.glob("student-*.pt")
+    (checkpoint,) = begun.glob("*/student-*.pt")
     content = load_checkpoint(checkpoint)
     assert 1 <= len(content["history"]) < EPOCHS
     content["history"][0]["test_accuracy"] = 0.125

@@ -86,7 +86,9 @@ class Plan:
 
     def folder(self, row: str, seed: int) -> Path:
         """Where a run keeps its checkpoint until it is finished."""
-        return Path(self.state) / f"{self.setting}-{row}-{seed}"
+        # The same row for longer, or on other data, is another run.
+        own = self.setting, row, seed, self.epochs, self.data[:6]
+        return Path(self.state) / "-".join(map(str, own))
 
 
 class Quiet:

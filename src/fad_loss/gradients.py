@@ -251,6 +251,12 @@ class GradientBalance(nn.Module):
             for handle in self._handles:
                 handle.remove()  # a leaf would keep it
             self._handles = []
+            added = self._norms.grad
+            if added is not self.pending or added.device != self._norms.device:
+                # With create_graph=True it was added to a copy of what was there.
+                if added is not None:
+                    self.pending.copy_(torch.maximum(self.pending, added.to(self.pending)))
+                self._tie()
         usable = (torch.isfinite(self.pending) & (self.pending > 0)).all()
         seen = torch.cat([self.pending, usable.to(self.pending).reshape(1)])
         seen = torch.where(usable, seen, 0.0)

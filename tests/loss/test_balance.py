@@ -382,6 +382,18 @@ def test_says_once_that_nothing_else_arrives():
     assert int(fad.balance.measured) == 0
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_backward_pass_that_is_differentiated_again_is_measured_too():
+    balance = GradientBalance()
+    passes = balance.attach()
+    for _ in range(2):
+        layer = torch.ones(2, 3, requires_grad=True) * 1
+        own = balance.tap(layer.clone(), torch.tensor(1.0))
+        loss = 10 * passes(layer).square().sum() + own.square().sum()
+        loss.backward(create_graph=True)
+        assert float(balance.factor()) == pytest.approx(10)
+
+
 def reloaded(distiller):
     state = copy.deepcopy(distiller.state_dict())
     distiller.load_state_dict(state, assign=True)
