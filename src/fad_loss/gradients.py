@@ -228,7 +228,7 @@ class GradientBalance(nn.Module):
         """A layer's output as all but the term are to see it, if the term sees a copy."""
         if not (self.training and output.requires_grad) or is_ragged(output):
             return output
-        return self._with_norm(output, 0, torch.ones_like(self.task))
+        return self._with_norm(output, 0, torch.ones((), device=output.device))
 
     def _with_norm(self, values: Tensor, place: int, weight: Tensor) -> Tensor:
         """A copy of the values, whose gradient's norm comes to that place in `pending`."""

@@ -455,6 +455,29 @@ def test_compiled_in_one_graph(case):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("begun", ["before", "after"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_student_that_is_compiled_has_its_share_measured(begun):
+    torch.compiler.reset()
+    wanted = build("DGCNN", max_points=None)
+    student, teacher = copy.deepcopy(wanted.student), copy.deepcopy(wanted.teacher)
+    if begun == "before":
+        student = torch.compile(student, backend="aot_eager")
+    made = Distiller(student, teacher, {"conv5": "conv5"}, example=clouds(), max_points=None)
+    if begun == "after":
+        made.student.compile(backend="aot_eager")
+    made.losses.load_state_dict(wanted.losses.state_dict())
+    for seed in (1, 2, 3):
+        for distiller in (made, wanted):
+            output, loss = distiller(clouds(seed=seed))
+            (loss + task(output)).backward()
+    assert made.losses["conv5:conv5"].balance.measured == 2
+    torch.testing.assert_close(made.statistics(), wanted.statistics())
+    grads = [[p.grad for p in one.parameters()] for one in (made, wanted)]
+    torch.testing.assert_close(*grads)
+    torch.compiler.reset()
+
+
 def test_a_share_of_the_pull_unless_a_weight_is_named():
     def weights(**options):
         found = [(loss.weight, loss.balance is not None) for loss in layers(**options)]

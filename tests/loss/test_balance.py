@@ -164,7 +164,8 @@ def test_compiled_with_graph_breaks_but_not_without():
     assert int(fad.balance.measured) == 1
     torch.compiler.reset()
     # PyTorch 2.6 does not say what was raised.
-    with pytest.raises(Exception, match=r"leave the loss outside|Observed exception"):
+    said = "Observed exception" if torch.__version__ < "2.7" else "leave the loss outside"
+    with pytest.raises(Exception, match=said):
         torch.compile(step, backend="aot_eager", fullgraph=True)(points, teacher)
 
 

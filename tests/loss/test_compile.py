@@ -72,6 +72,15 @@ def test_in_one_graph_with_a_gradient_penalty_and_lecam():
     compare(make("point", gradient_penalty=0.2, lecam=0.1), "N == M")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # on importing inductor
+# PyTorch's own partitioner imports modules that script methods.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_in_one_graph_with_the_partitioner_of_inductor():
+    # It computes again in the backward what is cheap: from buffers that must not have changed.
+    compare(make("teacher", warmup_steps=5), "N == M", backend="aot_eager_decomp_partition")
+
+
+# Inductor itself computes more of it again.
 @pytest.mark.parametrize(
     "name, options",
     [("teacher", {"warmup_steps": 5}), ("point conditioned", {"lecam": 0.1})],

@@ -61,7 +61,7 @@ def test_a_student_learns_the_teacher_s_set(game):
         fad(student(clouds[:, :32]), teacher).backward()
         optimizer.step()
     # Mean and spread agree from the start, where features are standardised.
-    assert distance() < 0.6 * start
+    assert distance() < 0.5 * start
     # Where scores are only compared, their common bias has no gradient.
     assert fad.statistics()["untrained_parameters"] <= (game == "cloud")
 
